@@ -1,0 +1,244 @@
+"""`SeqKVCalibration`: the rotations, codebooks and means fitted for one model, and their files.
+
+A calibration is a directory or a Hub repository with three files:
+
+    calibration.safetensors   tensors below; its metadata is one key, `hf_seqkv`, with the format version
+    seqkv_config.json         what it was made for and from
+    README.md                 the model card
+
+Tensors of layer `i`, for `side` in `key`, `value` (all fp32 but `widths`):
+
+    {i}.{side}.rotation   [H, D, D]      rows are the basis, orthogonal within a head
+    {i}.{side}.std        [H, D]         standard deviation of each component of a vector of length sqrt(D)
+    {i}.{side}.widths     [H, D] uint8   bits of each component
+    {i}.{side}.levels     [H, 9, n]      codebook of each width, unit variance
+    {i}.{side}.mean       [H, D]         constant part; of keys before RoPE
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..codec.page import QuantizedPageCodec
+from ..codec.vector import VectorCodec
+from ..errors import CalibrationMismatchError, CalibrationNotFoundError, FormatError, SeqKVWarning
+
+FORMAT_VERSION = 1
+TENSORS_NAME, CONFIG_NAME, CARD_NAME = "calibration.safetensors", "seqkv_config.json", "README.md"
+SIDES = ("key", "value")
+PARTS = ("rotation", "std", "widths", "levels", "mean")
+
+
+@dataclass(eq=False)
+class SeqKVCalibration:
+    """A calibration in memory.
+
+    Args:
+        tensors: By name, see the module's docstring.
+        config: Contents of `seqkv_config.json`: `format_version`, `model` (the facts that must match), `weights`
+            (fingerprint), `rope` (per layer `[half, interleaved]`), `bits_per_value`, and how it was made.
+        source: Where it came from, for messages.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    source: str = "<memory>"
+    card: str | None = field(default=None, repr=False)
+
+    # -- use -----------------------------------------------------------------------------------------------------
+
+    def page_codec(self, index: int, heads: int, key_dim: int, value_dim: int, page_size: int) -> QuantizedPageCodec:
+        """Codec of a layer's pages.
+
+        Raises:
+            CalibrationMismatchError: The layer has another shape.
+        """
+        sides = []
+        for side, dim in zip(SIDES, (key_dim, value_dim), strict=True):
+            part = {name: self.tensors[f"{index}.{side}.{name}"] for name in PARTS}
+            if tuple(part["std"].shape) != (heads, dim):
+                raise CalibrationMismatchError(
+                    f"{self.source}: layer {index} {side}s were calibrated for (KV heads, head dim) "
+                    f"{tuple(part['std'].shape)}, the model has {(heads, dim)}; run `seqkv calibrate` for this model"
+                )
+            decode = part["rotation"] * part["std"][..., None]
+            encode = (part["rotation"] / part["std"][..., None]).transpose(1, 2).contiguous()
+            levels = torch.nn.functional.pad(part["levels"], (0, 256 - part["levels"].shape[-1]))
+            mean = torch.zeros_like(part["mean"]) if side == "key" else part["mean"]
+            sides.append(VectorCodec(encode, decode, mean, part["widths"], levels, "fit", page_size))
+        return QuantizedPageCodec(*sides)
+
+    def key_mean(self, index: int) -> torch.Tensor:
+        """Constant part of a layer's keys before RoPE, `[H, D]`."""
+        return self.tensors[f"{index}.key.mean"]
+
+    def check(self, facts: dict[str, Any]) -> None:
+        """Compare with a model's facts (`integration.model_facts`).
+
+        Raises:
+            CalibrationMismatchError: Naming every fact that differs.
+        """
+        mine = self.config["model"]
+        differ = [
+            f"{name}: calibration {mine.get(name)!r}, model {facts.get(name)!r}"
+            for name in sorted({*mine, *facts})
+            if mine.get(name) != facts.get(name)
+        ]
+        if differ:
+            raise CalibrationMismatchError(
+                f"{self.source} was made for another model ({'; '.join(differ)}); run `seqkv calibrate` for this one, "
+                "or use method='turboquant', which needs no calibration"
+            )
+
+    def check_rope(self, index: int, half: int, interleaved: bool) -> None:
+        """Compare the RoPE that was captured with the one calibrated for.
+
+        Raises:
+            CalibrationMismatchError: They differ.
+        """
+        expected = self.config["rope"][index]
+        if expected != [half, interleaved] and half == 0:
+            warnings.warn(
+                f"{self.source}: the model's RoPE was not captured, so the constant part of the keys stays in the "
+                "codes and quality drops; let generate() make the cache, or build it with config=model.config",
+                SeqKVWarning,
+                stacklevel=2,
+            )
+        elif expected != [half, interleaved]:
+            raise CalibrationMismatchError(
+                f"{self.source}: layer {index} was calibrated with RoPE (pairs, interleaved) {expected}, the model "
+                f"uses {[half, interleaved]}; run `seqkv calibrate` for this model"
+            )
+
+    def check_weights(self, fingerprint: str) -> None:
+        """Warn if the calibration was made with other weights of the same shape."""
+        if fingerprint != self.config["weights"]:
+            warnings.warn(
+                f"{self.source} was made with other weights (fingerprint {self.config['weights'][:12]}, this model "
+                f"{fingerprint[:12]}); results are valid, their quality is not what the card states",
+                SeqKVWarning,
+                stacklevel=3,
+            )
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Write the three files; returns the directory."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # One metadata key: safetensors writes several in no fixed order, and equal calibrations should be equal bytes.
+        metadata = {"hf_seqkv": json.dumps({"format_version": FORMAT_VERSION})}
+        tensors = {name: tensor.contiguous() for name, tensor in sorted(self.tensors.items())}
+        save_file(tensors, directory / TENSORS_NAME, metadata=metadata)
+        (directory / CONFIG_NAME).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        if self.card is not None:
+            (directory / CARD_NAME).write_text(self.card)
+        return directory
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> SeqKVCalibration:
+        """Load from a directory or a Hub repository; `HF_HUB_OFFLINE` is honoured.
+
+        Raises:
+            CalibrationNotFoundError: Nothing there, or not reachable.
+            FormatError: Damaged files or another format version.
+        """
+        directory = Path(pretrained)
+        if not directory.is_dir():
+            directory = _download(str(pretrained), revision, token, cache_dir, local_files_only)
+        missing = [name for name in (TENSORS_NAME, CONFIG_NAME) if not (directory / name).is_file()]
+        if missing:
+            raise CalibrationNotFoundError(
+                f"{pretrained} holds no calibration: {' and '.join(missing)} missing; make one with "
+                f"`seqkv calibrate MODEL --out {pretrained}`"
+            )
+        try:
+            config = json.loads((directory / CONFIG_NAME).read_text())
+            tensors = load_file(directory / TENSORS_NAME)
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise FormatError(f"{pretrained}: damaged calibration ({error}); download or make it again") from error
+        card = directory / CARD_NAME
+        made = cls(tensors, config, str(pretrained), card.read_text() if card.is_file() else None)
+        made._validate()
+        return made
+
+    def _validate(self) -> None:
+        version = self.config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CalibrationMismatchError(
+                f"{self.source}: calibration format version {version!r}, this hf_seqkv reads {FORMAT_VERSION}; "
+                "upgrade hf_seqkv or run `seqkv calibrate` again"
+            )
+        missing = {"model", "weights", "rope"} - set(self.config)
+        if missing:
+            raise FormatError(f"{self.source}: {CONFIG_NAME} lacks {', '.join(sorted(missing))}")
+        layers = self.config["model"].get("num_hidden_layers", 0)
+        names = {f"{i}.{side}.{part}" for i in range(layers) for side in SIDES for part in PARTS}
+        absent = [name for name in sorted(names) if name not in self.tensors]
+        if absent:
+            raise FormatError(f"{self.source}: {TENSORS_NAME} lacks {absent[0]} and {len(absent) - 1} more tensors")
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise FormatError(f"{self.source}: tensor {name} is not finite")
+
+    @classmethod
+    def resolve(cls, calibration: str | Path | SeqKVCalibration) -> SeqKVCalibration:
+        """A calibration from what an option holds: itself, a directory or a repository."""
+        return calibration if isinstance(calibration, cls) else cls.from_pretrained(calibration)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload SeqKV calibration",
+    ) -> str:
+        """Upload the three files to a model repository, made if need be; returns the commit's URL."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
+            )
+        return str(commit)
+
+
+def _download(repo_id: str, revision, token, cache_dir, local_files_only: bool) -> Path:
+    """Directory in the Hub cache with a repository's calibration files."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, OfflineModeIsEnabled
+
+    options = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    try:
+        paths = [Path(hf_hub_download(repo_id, name, **options)) for name in (CONFIG_NAME, TENSORS_NAME)]
+    except HFValidationError as error:
+        raise CalibrationNotFoundError(f"{repo_id!r} is neither a directory nor a Hub repository id") from error
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise CalibrationNotFoundError(
+            f"no calibration at {repo_id!r} on the Hub or in its cache ({type(error).__name__}: {error}); check the "
+            f"name and the network, or fetch it where there is one: `hf download {repo_id}`"
+        ) from error
+    return paths[0].parent

@@ -1,0 +1,260 @@
+"""`SeqKVCache`: a transformers cache whose history is pages of codes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..calibration.artifact import SeqKVCalibration
+from ..codec.page import DensePageCodec, PageCodec, QuantizedPageCodec
+from ..codec.vector import VectorCodec
+from ..config import SeqKVConfig
+from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
+from . import capture
+from .layer import SeqKVLayer
+from .model_facts import model_facts, weights_fingerprint
+from .positions import PositionTable
+
+
+class SeqKVCache(DynamicCache):
+    """Cache for `generate` or a forward: pass it as `past_key_values`.
+
+    Upstream decides which layers there are; full and sliding attention layers become `SeqKVLayer`s, all others
+    (linear attention, state spaces, ...) stay what they are.
+
+    Args:
+        config: The model's config, `model.config`.
+        **options: Fields of `SeqKVConfig`.
+
+    Raises:
+        ConfigError: An unknown or invalid option, or no model config.
+        UnsupportedModelError: No layer of the model can be coded.
+        CalibrationMismatchError, CalibrationNotFoundError: See `SeqKVCalibration`.
+    """
+
+    def __init__(self, config=None, **options):
+        if config is None:
+            raise ConfigError("SeqKVCache needs the model's config: SeqKVCache(config=model.config)")
+        self.seqkv_config = SeqKVConfig.from_dict(options)
+        self.model_config = config
+        text_config = config.get_text_config(decoder=True)
+        self._refuse_unsupported(text_config)
+        super().__init__(config=config)
+        self.calibration = None
+        if self.seqkv_config.method == "calibrated":
+            self.calibration = SeqKVCalibration.resolve(self.seqkv_config.calibration)
+            self.calibration.check(model_facts(text_config))
+        others = set()
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = SeqKVLayer(self, index, self.seqkv_config)
+            elif type(layer) is DynamicSlidingWindowLayer:
+                self.layers[index] = SeqKVLayer(self, index, self.seqkv_config, layer.sliding_window)
+            else:
+                others.add(type(layer).__name__)
+        if not self._coded():
+            raise UnsupportedModelError(
+                f"{config.model_type}: no layer keeps plain keys and values ({', '.join(sorted(others)) or 'no layers'}); "
+                "use the default cache for this model"
+            )
+        others.discard("DummyLayer")
+        if others:
+            warnings.warn(
+                f"{config.model_type}: layers of type {', '.join(sorted(others))} hold no plain keys and values and "
+                "stay uncompressed",
+                SeqKVWarning,
+                stacklevel=2,
+            )
+        self._codecs: dict[tuple, PageCodec] = {}
+        self._tables: dict[int, PositionTable | None] = {}
+        self._noted: dict[int, capture.Noted] = {}
+        capture.attach_on_first_call(self)
+
+    def _refuse_unsupported(self, text_config) -> None:
+        if getattr(self.model_config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{self.model_config.model_type} is an encoder-decoder model; SeqKVCache codes decoder-only models. "
+                "Use the default cache"
+            )
+        if getattr(text_config, "kv_lora_rank", None) and self.seqkv_config.method != "dense":
+            raise UnsupportedModelError(
+                f"{text_config.model_type} caches a latent and rotary keys instead of keys and values (MLA), for which "
+                f"method={self.seqkv_config.method!r} is not made; use method='dense' or the default cache"
+            )
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Meet the model that uses this cache: hook it, and compare its weights with the calibration's."""
+        capture.attach(model, self)
+        if self.calibration is not None:
+            self.calibration.check_weights(weights_fingerprint(model))
+
+    def _coded(self) -> list[SeqKVLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SeqKVLayer)]
+
+    def __deepcopy__(self, memo):
+        # Codecs, calibration and configs are immutable and shared.
+        for shared in (self.model_config, self.seqkv_config, self.calibration, *self._codecs.values()):
+            memo[id(shared)] = shared
+        memo[id(self)] = new = self.__class__.__new__(self.__class__)
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        capture.attach_on_first_call(new)
+        return new
+
+    # -- what layers ask for -------------------------------------------------------------------------------------
+
+    def codec(self, index: int, heads: int, key_dim: int, value_dim: int, dtype, device) -> PageCodec:
+        """Page codec of a layer; layers with the same tables share one."""
+        config = self.seqkv_config
+        key = (heads, key_dim, value_dim, device)
+        key += (index,) if config.method == "calibrated" else (dtype,) if config.method == "dense" else ()
+        if key not in self._codecs:
+            if config.method == "dense":
+                made = DensePageCodec(config.page_size, heads, key_dim, value_dim, dtype)
+            elif config.method == "calibrated":
+                made = self.calibration.page_codec(index, heads, key_dim, value_dim, config.page_size)
+            else:
+                same = {name: getattr(config, name) for name in ("rotation", "codebook", "scale", "seed")}
+                sides = ((key_dim, config.key_bits), (value_dim, config.value_bits))
+                made = QuantizedPageCodec(
+                    *(VectorCodec.data_free(heads, dim, config.page_size, bits=bits, **same) for dim, bits in sides)
+                )
+            self._codecs[key] = made.to(device)
+        return self._codecs[key]
+
+    @property
+    def centers_keys(self) -> bool:
+        return self.seqkv_config.method == "calibrated" or bool(self.seqkv_config.center_keys)
+
+    def initial_mean(self, index: int, batch: int, heads: int, dim: int, device) -> torch.Tensor | None:
+        """Constant key part of a layer before its first page, `[B, H, D]`; None where none is removed."""
+        if not self.centers_keys:
+            return None
+        if self.calibration is not None:
+            return self.calibration.key_mean(index).to(device).expand(batch, -1, -1).clone()
+        return torch.zeros(batch, heads, dim, device=device)
+
+    def note(self, index: int, noted: capture.Noted) -> None:
+        """Called by the hooks before layer `index` runs."""
+        self._noted[index] = noted
+
+    def noted(self, index: int) -> capture.Noted:
+        """What was noted for the forward that is running, once."""
+        return self._noted.pop(index, capture.NOTHING)
+
+    def table(self, index: int, noted: capture.Noted | None = None) -> PositionTable | None:
+        """Position table of a layer; chosen at its first update, shared by layers that got the same cos and sin."""
+        if not self.centers_keys:
+            return None
+        if index not in self._tables:
+            if noted is None:
+                return None
+            layout, config = noted.layout, self.seqkv_config
+            half, interleaved = (layout.half, layout.interleaved) if layout else (0, False)
+            if self.calibration is not None:
+                self.calibration.check_rope(index, half, interleaved)
+            for table in self._tables.values():
+                if table.source is noted.source and (table.half, table.interleaved) == (half, interleaved):
+                    break
+            else:
+                keep = config.n_sink + config.residual_length + 2 * config.page_size
+                table = PositionTable(half, interleaved, config.page_size, keep)
+            self._tables[index] = table
+        return self._tables[index]
+
+    def _distinct_tables(self) -> list[PositionTable]:
+        return list({id(t): t for t in self._tables.values()}.values())
+
+    # -- editing: layers first, then what they share -------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        for index, table in self._tables.items():
+            layer = self.layers[index]
+            if layer.length == 0:
+                table.clear()
+            else:
+                pages = [count + (kept > 0) for count, kept in zip(layer.counts, layer.kept, strict=True)]
+                table.crop(layer.length, pages)
+
+    def _select(self, index: torch.Tensor) -> None:
+        for table in self._distinct_tables():
+            table.select(index)
+
+    def _batch(self) -> int:
+        return max((len(layer.start) for layer in self._coded()), default=0)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx.cpu())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = self._batch()
+        super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows = self._batch()
+        super().batch_select_indices(indices)
+        self._select(torch.arange(rows)[torch.as_tensor(indices).cpu()])
+
+    def reset(self) -> None:
+        super().reset()
+        self._tables.clear()
+        self._noted.clear()
+
+    # -- accounting ----------------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by part; the sum of the others is `total`.
+
+        `codes` and `side_information` (scales, padding of pages, key means, page positions) are the compressed
+        tokens; `sinks` and `recent` dense tokens; `slack` room for pages to come; `tables` rotations, codebooks and
+        recent cosines, shared by layers; `uncompressed` layers of other kinds.
+        """
+        parts = dict.fromkeys(
+            ("codes", "side_information", "sinks", "recent", "slack", "tables", "uncompressed"), 0
+        )
+        for layer in self.layers:
+            if not isinstance(layer, SeqKVLayer):
+                tensors = [x for x in vars(layer).values() if isinstance(x, torch.Tensor) and x.dim() > 0]
+                parts["uncompressed"] += _bytes(tensors)
+                continue
+            if not layer.is_initialized:
+                continue
+            pages = sum(max(0, count - layer.dropped) for count in layer.counts)
+            codes = sum(size for name, (_, size) in layer.codec.sections.items() if not name.endswith("scales"))
+            parts["codes"] += pages * codes
+            parts["side_information"] += pages * (layer.codec.page_bytes - codes) + _bytes([layer.mean])
+            parts["slack"] += _bytes([layer.pages]) - pages * layer.codec.page_bytes
+            parts["sinks"] += _bytes([layer.sink_k, layer.sink_v])
+            parts["recent"] += _bytes([layer.recent_k, layer.recent_v])
+        for table in self._distinct_tables():
+            starts = sum(table.counts) * 2 * table.half * 4
+            parts["side_information"] += starts
+            parts["tables"] += _bytes([table.rows, table.starts, table.relative]) - starts
+        parts["tables"] += _bytes([t for codec in self._codecs.values() for t in codec.tables])
+        parts["total"] = sum(parts.values())
+        return parts
+
+    def bits_per_value(self) -> float:
+        """Bytes of the compressed tokens (codes and side information) x 8 / the key and value components they hold.
+
+        Sinks, recent tokens and tables that do not grow with the sequence are not in it; `memory()` states them.
+        NaN before the first page.
+        """
+        parts, values = self.memory(), 0
+        for layer in self._coded():
+            if layer.is_initialized:
+                tokens = sum(max(0, count - layer.dropped) for count in layer.counts) * layer.codec.page_size
+                values += tokens * layer.codec.heads * (layer.codec.key_dim + layer.codec.value_dim)
+        return (parts["codes"] + parts["side_information"]) * 8 / values if values else math.nan
+
+
+def _bytes(tensors) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())

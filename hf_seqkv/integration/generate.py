@@ -1,0 +1,122 @@
+"""`generate(cache_implementation="seqkv")`: two guarded patches, and their removal."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+from transformers.cache_utils import DynamicCache
+from transformers.generation import configuration_utils
+from transformers.generation.utils import GenerationMixin
+
+from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
+from . import capture
+from .attention import unwrap_attention, wrap_attention
+from .cache import SeqKVCache
+
+NAME = "seqkv"
+
+
+def allow_name() -> None:
+    """Let `GenerationConfig.validate` accept the name."""
+    if NAME not in configuration_utils.ALL_CACHE_IMPLEMENTATIONS:
+        configuration_utils.ALL_CACHE_IMPLEMENTATIONS = (*configuration_utils.ALL_CACHE_IMPLEMENTATIONS, NAME)
+
+
+def install() -> None:
+    """Make `"seqkv"` a cache implementation of `generate` and let attention read codes. Done by `import hf_seqkv`."""
+    allow_name()
+    wrap_attention()
+    for name, wrap in _PATCHES.items():
+        owner = _owner(name)
+        original = vars(owner)[name]
+        if not hasattr(original, "seqkv_original"):
+            setattr(owner, name, wrap(original))
+
+
+def _owner(name: str) -> type:
+    """The class that defines a method of `GenerationMixin`."""
+    for base in GenerationMixin.__mro__:
+        if name in vars(base):
+            return base
+    raise UnsupportedModelError(
+        f"this transformers has no GenerationMixin.{name}; hf_seqkv supports transformers 5.23. Passing "
+        "past_key_values=SeqKVCache(config=model.config) needs no such hook"
+    )
+
+
+def uninstall() -> None:
+    """Take everything back: patches, attention wrappers, hooks on models."""
+    names = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = tuple(name for name in names if name != NAME)
+    unwrap_attention()
+    capture.detach_all()
+    for name in _PATCHES:
+        owner = _owner(name)
+        if hasattr(vars(owner)[name], "seqkv_original"):
+            setattr(owner, name, vars(owner)[name].seqkv_original)
+
+
+def _prepare(original):
+    @functools.wraps(original)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        if isinstance(given, SeqKVCache):
+            wrap_attention()
+            given.bind(self)
+        if generation_config.cache_implementation != NAME:
+            return original(self, generation_config, model_kwargs, *args, **kwargs)
+        if given is not None and not isinstance(given, SeqKVCache):
+            return original(self, generation_config, model_kwargs, *args, **kwargs)  # upstream's own conflict error
+        # generate works on a copy of the config: as "dynamic", upstream checks everything and builds its cache
+        generation_config.cache_implementation = None
+        try:
+            result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            generation_config.cache_implementation = NAME
+        if given is None and generation_config.use_cache is not False:
+            _swap(self, generation_config, model_kwargs)
+        return result
+
+    _prepare_cache_for_generation.seqkv_original = original
+    return _prepare_cache_for_generation
+
+
+def _swap(model, generation_config, model_kwargs) -> None:
+    built = model_kwargs.get("past_key_values")
+    if type(built) is not DynamicCache:
+        kind = "no cache" if built is None else f"a {type(built).__name__}"
+        raise UnsupportedModelError(
+            f"cache_implementation='seqkv': {type(model).__name__} generates with {kind}, not with keys and values "
+            "of a decoder; leave cache_implementation out for this model"
+        )
+    options = generation_config.cache_config
+    if options is None:
+        options = getattr(generation_config, NAME, None) or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"cache_config must be a dict of SeqKVConfig options, not {type(options).__name__}")
+    cache = SeqKVCache(config=model.config.get_text_config(decoder=True), **options)
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    wrap_attention()  # another library may have registered its own since
+    cache.bind(model)
+    model_kwargs["past_key_values"] = cache
+
+
+def _batch(original):
+    @functools.wraps(original)
+    def generate_batch(self, *args, **kwargs):
+        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        if NAME in (getattr(config, "cache_implementation", None), kwargs.get("cache_implementation")):
+            warnings.warn(
+                "generate_batch has a paged cache of its own and ignores cache_implementation='seqkv'; use generate()",
+                SeqKVWarning,
+                stacklevel=2,
+            )
+        return original(self, *args, **kwargs)
+
+    generate_batch.seqkv_original = original
+    return generate_batch
+
+
+_PATCHES = {"_prepare_cache_for_generation": _prepare, "generate_batch": _batch}

@@ -1,0 +1,94 @@
+"""Cosines and sines of the tokens a cache holds, as the model used them: one table for all layers that share a RoPE.
+
+The rows are captured rather than recomputed, because dynamic NTK and LongRoPE change their frequencies in
+mid-sequence. Only rows of dense tokens are kept; of a page the row of its first token remains (`codec.center`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..codec.center import page_starts, relative_table
+
+
+class PositionTable:
+    """Rows `[cos | sin]` of recent slots, and the start of every page.
+
+    Args:
+        half: Number of RoPE pairs; 0 for layers without RoPE, whose keys have a constant part all the same.
+        interleaved: Pairing, see `codec.center.Center`.
+        page_size: Tokens a page.
+        keep: Recent slots whose rows may still be needed.
+    """
+
+    def __init__(self, half: int, interleaved: bool, page_size: int, keep: int):
+        self.half, self.interleaved, self.page_size, self.keep = half, interleaved, page_size, keep
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows: torch.Tensor | None = None  # [B, n, 2 * half], the last of them at slot `end - 1`
+        self.end = 0
+        self.starts: torch.Tensor | None = None  # [B, N, 2 * half]
+        self.counts: list[int] = []
+        self.relative: torch.Tensor | None = None
+        self.source: torch.Tensor | None = None
+
+    def append(self, slot: int, new: int, batch: int, noted, device) -> None:
+        """Rows of the `new` tokens from `slot` on, as noted of a forward. Layers call this in turn; the first writes."""
+        if self.rows is None:
+            self.rows = torch.zeros(batch, 0, 2 * self.half, device=device)
+            self.starts = torch.zeros(batch, 0, 2 * self.half, device=device)
+            self.counts = [0] * batch
+        if self.end == slot + new and noted.source is self.source:
+            return
+        self.source = noted.source
+        rows = noted.rows()
+        if rows is None:
+            rows = torch.zeros(1, new, 2 * self.half)
+        old = self.rows[:, : max(0, self.rows.shape[1] - (self.end - slot))]
+        self.rows = torch.cat([old[:, -self.keep :], rows.to(device).expand(batch, -1, -1)], 1)
+        self.end = slot + new
+
+    def tokens(self, row: int, slot: int, count: int) -> torch.Tensor:
+        """Rows of `count` tokens from `slot`, `[count, 2 * half]`; zeros for slots that are gone."""
+        first = slot - (self.end - self.rows.shape[1])
+        if first < 0 or first + count > self.rows.shape[1]:
+            return self.rows.new_zeros(count, 2 * self.half)
+        return self.rows[row, first : first + count]
+
+    def fix(self, row: int, first: int, last: int, slot: int) -> torch.Tensor:
+        """Starts of pages `first` to `last` of a row, `[last - first, 2 * half]`; page `first` begins at `slot`.
+
+        Computed by the first layer that encodes them and the same for all others.
+        """
+        size = self.page_size
+        if self.starts.shape[1] < last:
+            grown = self.starts.new_zeros(self.starts.shape[0], last + last // 4, 2 * self.half)
+            grown[:, : self.starts.shape[1]] = self.starts
+            self.starts = grown
+        begin = max(first, self.counts[row])
+        if begin < last:
+            rows = self.tokens(row, slot + (begin - first) * size, (last - begin) * size).unflatten(0, (-1, size))
+            if self.relative is None:
+                self.relative = relative_table(rows[0])
+            self.starts[row, begin:last] = page_starts(rows, self.relative)
+            self.counts[row] = last
+        return self.starts[row, first:last]
+
+    def crop(self, end: int, pages: list[int]) -> None:
+        """Forget slots from `end` on and, of each row, pages from `pages[row]` on."""
+        if self.rows is None:
+            return
+        if end < self.end:
+            self.rows = self.rows[:, : max(0, self.rows.shape[1] - (self.end - end))]
+            self.end = end
+        self.counts = [min(a, b) for a, b in zip(self.counts, pages, strict=True)]
+        self.source = None
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep rows of the batch by index, with repetition."""
+        if self.rows is not None:
+            at = index.to(self.rows.device)
+            self.rows, self.starts = self.rows[at], self.starts[at]
+            self.counts = [self.counts[i] for i in index.tolist()]
+            self.source = None

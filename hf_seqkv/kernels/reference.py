@@ -1,0 +1,95 @@
+"""The specification of `attend_codes`, in plain torch, fp32, on any device.
+
+Reads like the definition: decode a run of pages, score, mask, softmax, mix. Only the online softmax over runs is not
+part of the definition; it keeps memory at one run of decoded tokens instead of the whole history.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .interface import LayerView, Scoring
+
+RUN = 1024  # tokens decoded at once
+
+
+def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None, scoring: Scoring) -> torch.Tensor:
+    """Attention of new queries over a layer's cache.
+
+    Args:
+        query: `[B, Hq, Tq, Dk]`, rotated as the model rotates it, any float dtype.
+        view: The layer's cache, new tokens included.
+        mask: `[B or 1, Hq or 1, Tq, >= length - offset]`, bool (True is seen) or added to the scores; None for none.
+        scoring: Scale, window, softcap, sink logits.
+
+    Returns:
+        `[B, Tq, Hq, Dv]` in the query's dtype. A query that sees nothing gets zeros.
+    """
+    softmax = OnlineSoftmax(query, view, mask, scoring)
+    for run in (view.sinks, view.recent):
+        token = torch.arange(run.k.shape[2])
+        for row in range(query.shape[0]):
+            k, v = (x[row, :, run.begin[row] :].float() for x in (run.k, run.v))
+            softmax.add(row, k, v, run.slots[row] + token[run.begin[row] :])
+    codec, step = view.codec, max(1, RUN // view.codec.page_size)
+    for first in range(0, max(view.counts, default=0), step):
+        last = min(first + step, max(view.counts))
+        k, v = (x.float() for x in codec.decode(view.pages[:, first:last]))
+        if view.center is not None:
+            k = k + view.center.keys(first, last)
+        for row in range(query.shape[0]):
+            valid = max(0, min(last, view.counts[row]) - first)
+            slots = view.page_slots[row] + first * codec.page_size + torch.arange(valid * codec.page_size)
+            pages = (x[row, :valid].transpose(0, 1).flatten(1, 2) for x in (k, v))
+            softmax.add(row, *pages, slots)
+    return softmax.result().to(query.dtype)
+
+
+class OnlineSoftmax:
+    """Running maximum, denominator and output of every query. Source: Milakov and Gimelshein, arXiv 1805.02867."""
+
+    def __init__(self, query, view, mask, scoring):
+        batch, heads, steps, dim = query.shape
+        self.view, self.mask, self.scoring, self.steps = view, mask, scoring, steps
+        groups = heads // view.codec.heads
+        self.query = query.float().reshape(batch, view.codec.heads, groups, steps, dim) * scoring.scaling
+        self.top = self.query.new_full(self.query.shape[:-1], -torch.inf)
+        self.total = torch.zeros_like(self.top)
+        self.mixed = self.query.new_zeros(*self.top.shape, view.codec.value_dim)
+        if scoring.sink_logits is not None:
+            logits = scoring.sink_logits.float().reshape(1, view.codec.heads, groups, 1)
+            self.top = logits.expand_as(self.top).clone()
+            self.total = torch.ones_like(self.top)
+
+    def add(self, row: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Let row `row` see tokens `k, v [H, T, D]` at `slots [T]`."""
+        if not len(slots):
+            return
+        view, scoring = self.view, self.scoring
+        scores = self.query[row] @ k[:, None].transpose(-1, -2)  # [H, G, Tq, T]
+        if scoring.softcap is not None:
+            scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+        here = torch.arange(view.length - self.steps, view.length)[:, None]
+        keep = (slots >= view.offset).expand(self.steps, -1)
+        if scoring.causal and self.mask is None:
+            keep = keep & (slots <= here)
+        if scoring.window is not None:
+            keep = keep & (slots > here - scoring.window)
+        keep = keep.to(scores.device)
+        if self.mask is not None:
+            columns = (slots - view.offset).clamp_min(0).to(self.mask.device)
+            mask = self.mask[min(row, self.mask.shape[0] - 1)][..., columns]
+            mask = mask.reshape(self.query.shape[1:3] + mask.shape[1:]) if mask.shape[0] > 1 else mask[None]
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        scores = scores.masked_fill(~keep, -torch.inf)
+        top = torch.maximum(self.top[row], scores.amax(-1))
+        finite = top.masked_fill(top == -torch.inf, 0)
+        probs = (scores - finite[..., None]).exp()
+        shrink = (self.top[row] - finite).exp()
+        self.total[row] = self.total[row] * shrink + probs.sum(-1)
+        self.mixed[row] = self.mixed[row] * shrink[..., None] + probs @ v[:, None]
+        self.top[row] = top
+
+    def result(self) -> torch.Tensor:
+        out = self.mixed / self.total.clamp_min(1e-30)[..., None]
+        return out.flatten(1, 2).transpose(1, 2)
