@@ -75,6 +75,15 @@ def uniform(bits: int, dim: int) -> torch.Tensor:
 CODEBOOKS = {"lloyd_max": lloyd_max, "uniform": uniform}
 
 
+@functools.lru_cache(maxsize=32)
+def distortion(bits: int, dim: int) -> float:
+    """Mean squared error of `lloyd_max(bits, dim)` for a coordinate of unit variance; 1 at 0 bits."""
+    if bits == 0:
+        return 1.0
+    x, weights = _sphere_density(dim)
+    return _centroids(x, weights, lloyd_max(bits, dim).double().numpy())[1]
+
+
 def fit_codebook(samples: torch.Tensor, bits: int, iterations: int = 50) -> torch.Tensor:
     """Lloyd–Max levels of measured coordinates.
 

@@ -44,6 +44,7 @@ class VectorCodec:
         starts = torch.tensor([0, *sizes]).cumsum(0)
         self.offsets = starts[:-1].reshape(self.heads, self.dim)
         self.code_bytes = int(starts[-1])
+        self.mixed = len(set(flat)) > 1
         self._groups = []
         for width in sorted(set(flat) - {0}):
             rows = torch.tensor([i for i, w in enumerate(flat) if w == width])
@@ -86,36 +87,35 @@ class VectorCodec:
         """Quantise `x [..., H, P, D]` to codes `[..., H, D, P]` uint8 and scales `[..., H, P]` bf16."""
         y = (x.float() - self.mean[:, None]) @ self.encode_matrix
         weights = self.weights[:, None]
-        gain = ((y.square() * weights).sum(-1) / weights.sum(-1)).sqrt()
-        z = (y / gain.clamp_min(1e-30)[..., None]).transpose(-1, -2)  # [..., H, D, P]
-        lead = z.shape[:-3]
-        z = z.flatten(-3, -2).movedim(-2, 0)  # [H*D, ..., P]
-        codes = torch.zeros(z.shape, dtype=torch.uint8, device=z.device)
-        chosen = torch.zeros_like(z) if self.scale == "fit" else None
+        gain = ((y.square() * weights).sum(-1) / weights.sum(-1)).sqrt().clamp_min(1e-30)
+        z = y.transpose(-1, -2)  # [..., H, D, P]
+        codes, fitted, error = self._quantize(z, gain)
+        if self.scale == "norm":
+            return codes, gain.to(torch.bfloat16)
+        if self.mixed:
+            # A vector unlike those the widths were made for overshoots its narrow components: try larger gains.
+            for factor in (1.4, 2.0, 2.8, 4.0):
+                again, gained, rest = self._quantize(z, gain * factor)
+                better = rest < error
+                codes = torch.where(better[..., None, :], again, codes)
+                fitted, error = torch.where(better, gained, fitted), torch.where(better, rest, error)
+        return codes, fitted.to(torch.bfloat16)
+
+    def _quantize(self, y: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes of `y [..., H, D, P]` under a gain `[..., H, P]`, the least-squares gain and the error it leaves."""
+        flat = (y / gain[..., None, :]).flatten(-3, -2).movedim(-2, 0).contiguous()  # [H * D, ..., P]
+        codes = torch.zeros(flat.shape, dtype=torch.uint8, device=y.device)
+        chosen = torch.zeros_like(flat)
         for width, rows, _ in self._groups:
-            whole = len(rows) == len(z)
-            rows = rows.to(z.device)
+            at = slice(None) if len(rows) == len(flat) else rows.to(y.device)
             table = self._table(rows, width)
-            part = nearest(z if whole else z[rows], table)
-            if chosen is not None:
-                level = table[0][part.long()] if table.shape[0] == 1 else _gather(table, part)
-                if whole:
-                    chosen = level
-                else:
-                    chosen[rows] = level
-            if whole:
-                codes = part
-            else:
-                codes[rows] = part
-        if chosen is not None:
-            weights = self.weights.flatten().reshape(-1, *[1] * (z.dim() - 1))
-            unflat = (self.heads, self.dim, *lead, self.page_size)
-            dot = (z * chosen * weights).reshape(unflat).sum(1)
-            power = (chosen.square() * weights).reshape(unflat).sum(1)
-            fit = torch.where(power > 0, dot / power.clamp_min(1e-30), 1.0)  # [H, ..., P]
-            gain = gain * fit.movedim(0, -2)
-        codes = codes.movedim(0, -2).reshape(*lead, self.heads, self.dim, self.page_size)
-        return codes, gain.to(torch.bfloat16)
+            codes[at] = nearest(flat[at], table)
+            chosen[at] = _levels(table, codes[at])
+        codes, chosen = (t.movedim(0, -2).unflatten(-2, (self.heads, self.dim)) for t in (codes, chosen))
+        weights = self.weights[..., None]
+        dot, power = ((a * chosen * weights).sum(-2) for a in (y, chosen))
+        fitted = torch.where(power > 0, dot / power.clamp_min(1e-30), gain)
+        return codes, fitted, (y.square() * weights).sum(-2) - dot * fitted
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `[..., H, D, P]` to bytes `[..., code_bytes]`."""
@@ -142,12 +142,13 @@ class VectorCodec:
         y = torch.zeros(flat.shape, dtype=torch.float32, device=codes.device)
         for width, rows, _ in self._groups:
             rows = rows.to(codes.device)
-            table = self._table(rows, width)
-            y[rows] = table[0][flat[rows].long()] if table.shape[0] == 1 else _gather(table, flat[rows])
+            y[rows] = _levels(self._table(rows, width), flat[rows])
         y = y.movedim(0, -2).reshape(codes.shape).transpose(-1, -2)
         return (y * scales.float()[..., None]) @ self.decode_matrix + self.mean[:, None]
 
 
-def _gather(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """`table[r, codes[r, ...]]` for each row `r`."""
+def _levels(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Levels of codes `[R, ...]` from one table for all, `[1, n]`, or one a row, `[R, n]`."""
+    if table.shape[0] == 1:
+        return table[0][codes.long()]
     return table.gather(1, codes.flatten(1).long()).reshape(codes.shape)

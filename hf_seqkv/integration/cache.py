@@ -20,7 +20,7 @@ from .model_facts import model_facts, weights_fingerprint
 from .positions import PositionTable
 
 
-class SeqKVCache(DynamicCache):
+class SeqKVCache(capture.Listener, DynamicCache):
     """Cache for `generate` or a forward: pass it as `past_key_values`.
 
     Upstream decides which layers there are; full and sliding attention layers become `SeqKVLayer`s, all others
@@ -43,7 +43,8 @@ class SeqKVCache(DynamicCache):
         self.model_config = config
         text_config = config.get_text_config(decoder=True)
         self._refuse_unsupported(text_config)
-        super().__init__(config=config)
+        DynamicCache.__init__(self, config=config)
+        capture.Listener.__init__(self)
         self.calibration = None
         if self.seqkv_config.method == "calibrated":
             self.calibration = SeqKVCalibration.resolve(self.seqkv_config.calibration)
@@ -71,7 +72,6 @@ class SeqKVCache(DynamicCache):
             )
         self._codecs: dict[tuple, PageCodec] = {}
         self._tables: dict[int, PositionTable | None] = {}
-        self._noted: dict[int, capture.Noted] = {}
         capture.attach_on_first_call(self)
 
     def _refuse_unsupported(self, text_config) -> None:
@@ -137,14 +137,6 @@ class SeqKVCache(DynamicCache):
             return self.calibration.key_mean(index).to(device).expand(batch, -1, -1).clone()
         return torch.zeros(batch, heads, dim, device=device)
 
-    def note(self, index: int, noted: capture.Noted) -> None:
-        """Called by the hooks before layer `index` runs."""
-        self._noted[index] = noted
-
-    def noted(self, index: int) -> capture.Noted:
-        """What was noted for the forward that is running, once."""
-        return self._noted.pop(index, capture.NOTHING)
-
     def table(self, index: int, noted: capture.Noted | None = None) -> PositionTable | None:
         """Position table of a layer; chosen at its first update, shared by layers that got the same cos and sin."""
         if not self.centers_keys:
@@ -157,7 +149,7 @@ class SeqKVCache(DynamicCache):
             if self.calibration is not None:
                 self.calibration.check_rope(index, half, interleaved)
             for table in self._tables.values():
-                if table.source is noted.source and (table.half, table.interleaved) == (half, interleaved):
+                if (table.half, table.interleaved) == (half, interleaved) and table.follows(noted):
                     break
             else:
                 keep = config.n_sink + config.residual_length + 2 * config.page_size

@@ -123,8 +123,22 @@ def _probe_layout(function, width: int, dim: int) -> RopeLayout | None:
     return None
 
 
-def note(module: torch.nn.Module, cache, attention_mask, position_embeddings) -> None:
-    """Tell `cache` what the layer of `module` is about to run with."""
+class Listener:
+    """A cache that wants to know what its layers run with."""
+
+    def __init__(self):
+        self._noted: dict[int, Noted] = {}
+
+    def note(self, index: int, noted: Noted) -> None:
+        """Called before layer `index` runs."""
+        self._noted[index] = noted
+
+    def noted(self, index: int) -> Noted:
+        """What was noted for the forward that is running, once."""
+        return self._noted.pop(index, NOTHING)
+
+
+def _note(module: torch.nn.Module, cache: Listener, attention_mask, position_embeddings) -> None:
     cos = sin = layout = None
     if isinstance(position_embeddings, tuple) and len(position_embeddings) == 2:
         cos, sin = position_embeddings
@@ -134,11 +148,9 @@ def note(module: torch.nn.Module, cache, attention_mask, position_embeddings) ->
 
 
 def _before_attention(module, args, kwargs):
-    from .cache import SeqKVCache
-
     for value in (*kwargs.values(), *args):
-        if isinstance(value, SeqKVCache):
-            note(module, value, kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
+        if isinstance(value, Listener):
+            _note(module, value, kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
             return
 
 

@@ -346,12 +346,12 @@ class SeqKVLayer(DynamicLayer):
         if length <= 0:
             self.reset()
             return
-        plan = [self._cropped(row, length) for row in range(len(self.counts))]
-        if any(count < self.dropped for count, _ in plan):
+        if self.dropped and self._offset() > length - self.sliding_window + 1:
             raise UnsupportedOperationError(
                 f"crop({tokens_to_remove}) on sliding layer {self.index} reaches tokens that left its window of "
                 f"{self.sliding_window}; call activate_past_recording() on the cache before generating"
             )
+        plan = [self._cropped(row, length) for row in range(len(self.counts))]
         if any(count < self.counts[row] for row, (count, _) in enumerate(plan)):
             self._unpage(length, plan)
         self.length = length

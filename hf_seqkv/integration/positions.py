@@ -6,6 +6,8 @@ mid-sequence. Only rows of dense tokens are kept; of a page the row of its first
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from ..codec.center import page_starts, relative_table
@@ -31,7 +33,7 @@ class PositionTable:
         self.starts: torch.Tensor | None = None  # [B, N, 2 * half]
         self.counts: list[int] = []
         self.relative: torch.Tensor | None = None
-        self.source: torch.Tensor | None = None
+        self._source: weakref.ref | None = None
 
     def append(self, slot: int, new: int, batch: int, noted, device) -> None:
         """Rows of the `new` tokens from `slot` on, as noted of a forward. Layers call this in turn; the first writes."""
@@ -39,15 +41,19 @@ class PositionTable:
             self.rows = torch.zeros(batch, 0, 2 * self.half, device=device)
             self.starts = torch.zeros(batch, 0, 2 * self.half, device=device)
             self.counts = [0] * batch
-        if self.end == slot + new and noted.source is self.source:
+        if self.end == slot + new and self.follows(noted):
             return
-        self.source = noted.source
+        self._source = None if noted.source is None else weakref.ref(noted.source)
         rows = noted.rows()
         if rows is None:
             rows = torch.zeros(1, new, 2 * self.half)
         old = self.rows[:, : max(0, self.rows.shape[1] - (self.end - slot))]
         self.rows = torch.cat([old[:, -self.keep :], rows.to(device).expand(batch, -1, -1)], 1)
         self.end = slot + new
+
+    def follows(self, noted) -> bool:
+        """Whether the last rows came from the forward that was noted; without RoPE there is nothing to tell apart."""
+        return self.half == 0 or (self._source is not None and self._source() is noted.source)
 
     def tokens(self, row: int, slot: int, count: int) -> torch.Tensor:
         """Rows of `count` tokens from `slot`, `[count, 2 * half]`; zeros for slots that are gone."""
@@ -83,7 +89,7 @@ class PositionTable:
             self.rows = self.rows[:, : max(0, self.rows.shape[1] - (self.end - end))]
             self.end = end
         self.counts = [min(a, b) for a, b in zip(self.counts, pages, strict=True)]
-        self.source = None
+        self._source = None
 
     def select(self, index: torch.Tensor) -> None:
         """Keep rows of the batch by index, with repetition."""
@@ -91,4 +97,4 @@ class PositionTable:
             at = index.to(self.rows.device)
             self.rows, self.starts = self.rows[at], self.starts[at]
             self.counts = [self.counts[i] for i in index.tolist()]
-            self.source = None
+            self._source = None

@@ -12,6 +12,7 @@ Queries are rotated once on the way in and outputs once on the way out; rows are
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 
@@ -391,6 +392,18 @@ def _center(view: LayerView, query: torch.Tensor, wide: int):
     return coefficients.numpy(), view.center.starts.contiguous().numpy(), tile.numpy()
 
 
+@contextlib.contextmanager
+def _threads():
+    """As many threads as torch uses, taking tasks one by one: torch's own threads may still be spinning beside them."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    try:
+        with numba.parallel_chunksize(1):
+            yield
+    finally:
+        numba.set_num_threads(before)
+
+
 def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None, scoring: Scoring) -> torch.Tensor:
     """As `reference.attend_codes`, for quantised pages on a CPU."""
     batch, query_heads, steps, dim = query.shape
@@ -413,15 +426,15 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     mixed = np.empty((pairs, splits + 1, rows, codec.value_dim), np.float32)
     tops, totals = (np.empty((pairs, splits + 1, rows), np.float32) for _ in range(2))
     sinks = _NO_SINKS if scoring.sink_logits is None else scoring.sink_logits.detach().float().contiguous().numpy()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    _partials(
-        scaled.numpy(), steps, size, view.pages.numpy(), np.array(view.counts, np.int64),
-        np.array(view.page_slots, np.int64), table["sections"], table["matrices"], table["offsets"], table["widths"],
-        table["levels"], table["means"][0], coefficients, starts, relative, dense, slots, begin, bias,
-        np.float32(scoring.softcap or 0), bool(scoring.causal and mask is None), scoring.window or 0, view.offset,
-        view.length, mixed, tops, totals,
-    )  # fmt: skip
     out = np.empty((pairs, rows, codec.value_dim), np.float32)
-    _combine(mixed, tops, totals, table["matrices"][1], table["means"][1], sinks, steps, out)
+    with _threads():
+        _partials(
+            scaled.numpy(), steps, size, view.pages.numpy(), np.array(view.counts, np.int64),
+            np.array(view.page_slots, np.int64), table["sections"], table["matrices"], table["offsets"],
+            table["widths"], table["levels"], table["means"][0], coefficients, starts, relative, dense, slots, begin,
+            bias, np.float32(scoring.softcap or 0), bool(scoring.causal and mask is None), scoring.window or 0,
+            view.offset, view.length, mixed, tops, totals,
+        )  # fmt: skip
+        _combine(mixed, tops, totals, table["matrices"][1], table["means"][1], sinks, steps, out)
     out = torch.from_numpy(out).reshape(batch, query_heads, steps, codec.value_dim)
     return out.transpose(1, 2).to(query.dtype)

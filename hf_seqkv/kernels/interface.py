@@ -86,10 +86,13 @@ class Scoring:
 @functools.cache
 def _numba_missing() -> str | None:
     """Why the numba kernel cannot run here, or None."""
+    threads = torch.get_num_threads()
     try:
         from . import cpu  # noqa: F401
     except ImportError as error:
         return str(error)
+    finally:
+        torch.set_num_threads(threads)  # numba's OpenMP pool may reset torch's count as it starts
     return None
 
 

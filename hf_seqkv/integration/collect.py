@@ -1,0 +1,173 @@
+"""Calibrate: run a model over texts, gather statistics of its keys and values, fit a `SeqKVCalibration`.
+
+Two passes over the same windows: the first finds the constant part of the keys before RoPE (and the moments of the
+values), the second the moments of what is left of the keys. Nothing but running sums and a small sample is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+
+import torch
+from tqdm.auto import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ..calibration.artifact import FORMAT_VERSION, SIDES, SeqKVCalibration
+from ..calibration.fit import Moments, fit_side
+from ..codec.center import rotate
+from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
+from . import capture
+from .cache import SeqKVCache
+from .model_facts import model_facts, weights_fingerprint
+
+SINKS = 4  # first tokens of a window: kept dense by a cache, and unlike all others
+SAMPLES = 2048  # vectors a layer kept for the codebooks
+
+
+class _TapLayer(DynamicLayer):
+    """Stores nothing: hands keys and values on to `visit` and back to the model."""
+
+    def __init__(self, cache: _TapCache, index: int):
+        super().__init__()
+        self.cache, self.index = cache, index
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.cache.visit(self.index, key_states, value_states, self.cache.noted(self.index))
+        return key_states, value_states
+
+
+class _TapCache(capture.Listener, DynamicCache):
+    def __init__(self, config, coded: list[int], visit):
+        DynamicCache.__init__(self, config=config)
+        capture.Listener.__init__(self)
+        self.visit = visit
+        for index in coded:
+            self.layers[index] = _TapLayer(self, index)
+
+
+def token_windows(tokenizer, texts: list[str], tokens: int, window: int, seed: int) -> torch.Tensor:
+    """Windows of token ids, `[N, window]`, drawn without overlap from all texts.
+
+    Raises:
+        ConfigError: The texts hold less than one window.
+    """
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    body = window - len(first)
+    if len(ids) < body:
+        raise ConfigError(f"the texts hold {len(ids)} tokens, a calibration window needs {body}; give more text")
+    starts = torch.arange(len(ids) // body)[torch.randperm(len(ids) // body, generator=torch.Generator().manual_seed(seed))]
+    starts = starts[: max(1, tokens // window)].sort().values
+    if len(starts) * window < tokens:
+        warnings.warn(
+            f"the texts hold {len(ids)} tokens, {tokens} were asked for; more text makes a better calibration",
+            SeqKVWarning,
+            stacklevel=2,
+        )
+    return torch.tensor([first + ids[at * body : (at + 1) * body] for at in starts.tolist()])
+
+
+@torch.no_grad()
+def calibrate(
+    model,
+    tokenizer,
+    texts: list[str],
+    *,
+    bits: int = 4,
+    tokens: int = 16_384,
+    window: int = 1024,
+    seed: int = 0,
+    progress: bool = True,
+) -> SeqKVCalibration:
+    """Fit a calibration for a causal LM.
+
+    Args:
+        model: A transformers causal LM, on any device or spread over several.
+        texts: Plain texts like those the model will see; never the ones it will be judged on.
+        bits: Mean bits a code, keys and values alike: 2, 3 or 4.
+        tokens: Tokens to run, in windows of `window`.
+
+    Returns:
+        The calibration; equal for equal inputs and seed on one machine.
+
+    Raises:
+        ConfigError: Too little text, or `bits` outside the set.
+        UnsupportedModelError: A model whose layers cannot be coded.
+    """
+    if bits not in (2, 3, 4):
+        raise ConfigError(f"bits={bits} is not one of 2, 3, 4")
+    config = model.config.get_text_config(decoder=True)
+    probe = SeqKVCache(config=config, method="turboquant")  # refuses what cannot be coded
+    coded = [layer.index for layer in probe._coded()]
+    if len(coded) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{config.model_type}: {len(coded)} of {config.num_hidden_layers} layers keep keys and values; "
+            "calibration needs all. Use method='turboquant'"
+        )
+    windows = token_windows(tokenizer, texts, tokens, window, seed)
+    keep = -(-SAMPLES // len(windows))
+    plain: dict[int, Moments] = {}
+    sides: dict[tuple[int, str], Moments] = {}
+    layouts: dict[int, list] = {}
+
+    def first_pass(index, k, v, noted):
+        layouts[index] = [noted.layout.half, noted.layout.interleaved] if noted.layout else [0, False]
+        for table, key, x, sample in (
+            (plain, index, _plain_keys(k, noted), 0),
+            (sides, (index, "value"), v, keep),
+        ):
+            if key not in table:
+                table[key] = Moments(x.shape[1], x.shape[3], SAMPLES, x.device)
+            table[key].add(x[0, :, SINKS:], sample)
+
+    def second_pass(index, k, v, noted):
+        if (index, "key") not in sides:
+            sides[index, "key"] = Moments(k.shape[1], k.shape[3], SAMPLES, k.device)
+        constant = _turned(plain[index].mean().to(k.device), k, noted)
+        sides[index, "key"].add((k.float() - constant)[0, :, SINKS:], keep)
+
+    for label, visit in (("means", first_pass), ("covariances", second_pass)):
+        for ids in tqdm(windows, desc=f"calibrate: {label}", unit="window", disable=not progress):
+            cache = _TapCache(config, coded, visit)
+            capture.attach(model, cache)
+            model(ids[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+    tensors = {}
+    for index in tqdm(coded, desc="calibrate: fit", unit="layer", disable=not progress):
+        for side in SIDES:
+            moments = sides[index, side]
+            mean = moments.mean() if side == "value" else torch.zeros_like(moments.mean())
+            fitted = fit_side(moments, mean, bits)
+            fitted["mean"] = plain[index].mean() if side == "key" else mean
+            tensors |= {f"{index}.{side}.{name}": x.cpu().contiguous() for name, x in fitted.items()}
+    description = {
+        "format_version": FORMAT_VERSION,
+        "model": model_facts(config),
+        "base_model": model.config.name_or_path or None,
+        "weights": weights_fingerprint(model),
+        "rope": [layouts[index] for index in coded],
+        "bits": bits,
+        "tokens": windows.numel(),
+        "window": window,
+        "seed": seed,
+        "texts_sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    }
+    return SeqKVCalibration(tensors, description, f"calibration of {config.model_type}")
+
+
+def _plain_keys(k: torch.Tensor, noted: capture.Noted) -> torch.Tensor:
+    """Keys before RoPE, `[B, H, T, D]` fp32."""
+    rows = noted.rows()
+    if rows is None:
+        return k.float()
+    return rotate(k.float(), rows[:, None].to(k.device), noted.layout.interleaved, inverse=True)
+
+
+def _turned(mean: torch.Tensor, k: torch.Tensor, noted: capture.Noted) -> torch.Tensor:
+    """A constant key at every position, `[B, H, T, D]` fp32."""
+    rows = noted.rows()
+    if rows is None:
+        return mean[None, :, None]
+    return rotate(mean[None, :, None], rows[:, None].to(k.device), noted.layout.interleaved)
