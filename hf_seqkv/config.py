@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 BACKENDS = ("auto", "reference", "cpu")
 CHOICES = {
     "method": ("dense", "turboquant", "calibrated"),
@@ -21,7 +21,8 @@ CHOICES = {
 }
 # Options that only the data-free method reads, with their defaults. A calibration brings its own.
 DATA_FREE = {
-    "key_bits": 4,
+    # A key's error goes through an exponential, a value's is averaged: the odd bit goes to the keys.
+    "key_bits": 5,
     "value_bits": 4,
     "rotation": "hadamard",
     "codebook": "lloyd_max",
@@ -43,7 +44,7 @@ class SeqKVConfig:
         n_sink: First tokens of every row kept dense.
         residual_length: Least number of last tokens kept dense; up to `page_size` more wait for their page.
         backend: `"auto"`, `"reference"` (torch) or `"cpu"` (numba). `HF_SEQKV_BACKEND` overrides `"auto"`.
-        key_bits, value_bits: Bits a code: 2, 3, 4 or 8 (data-free method only, as all that follow).
+        key_bits, value_bits: Bits a code: 2, 3, 4, 5, 6 or 8 (data-free method only, as all that follow).
         rotation: `"hadamard"` with random signs (head dims that are a power of two, else `"orthogonal"`), or
             `"orthogonal"`, the QR factor of a Gaussian matrix, as published.
         codebook: `"lloyd_max"` for a coordinate of a random unit vector, or `"uniform"`.
@@ -59,7 +60,7 @@ class SeqKVConfig:
     calibration: Any = None
     page_size: int = 64
     n_sink: int = 4
-    residual_length: int = 64
+    residual_length: int = 32
     backend: str = "auto"
     key_bits: int | None = None
     value_bits: int | None = None

@@ -60,7 +60,7 @@ def test_defaults():
     config = SeqKVConfig()
     assert config.method == "turboquant"
     assert {name: getattr(config, name) for name in DATA_FREE} == DATA_FREE
-    assert (config.page_size, config.n_sink, config.residual_length, config.backend) == (64, 4, 64, "auto")
+    assert (config.page_size, config.n_sink, config.residual_length, config.backend) == (64, 4, 32, "auto")
 
 
 def test_method_is_inferred_from_the_calibration():

@@ -49,7 +49,9 @@ def test_tokens_are_those_of_dynamic_cache(name, mode):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 13}], ids=["greedy", "beams", "chunks"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 13}], ids=["greedy", "beams", "chunks"]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_left_padding(name, options):
     model, (ids, mask) = tiny(name), prompt(3, 45, pads=(0, 29, 7))
@@ -135,4 +137,4 @@ def test_default_options_without_cache_config():
     cache = out.past_key_values
     assert type(cache) is SeqKVCache
     assert cache.seqkv_config.method == "turboquant"
-    assert cache.layers[0].counts == [2]  # (203 - 4 - 64) // 64
+    assert cache.layers[0].counts == [2]  # (203 - 4 - 32) // 64

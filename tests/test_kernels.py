@@ -15,7 +15,7 @@ from hf_seqkv.codec.center import Center
 from hf_seqkv.codec.page import DensePageCodec, QuantizedPageCodec
 from hf_seqkv.codec.rotation import random_rotation
 from hf_seqkv.codec.vector import VectorCodec
-from hf_seqkv.kernels import cpu, reference
+from hf_seqkv.kernels import cpu, reference, tile
 from hf_seqkv.kernels.interface import DenseRun, LayerView, Scoring
 
 TOLERANCE = 2e-5  # of the largest output, in fp32: what `kernels.interface` promises
@@ -332,9 +332,7 @@ def test_cpu_is_the_reference(case):
         dim=st.sampled_from([4, 16, 30, 64]),
         value_dim=st.sampled_from([4, 17, 64]),
         page_size=st.sampled_from([8, 16, 40, 64]),
-        widths=st.one_of(
-            st.sampled_from([2, 3, 4, 8]), st.lists(st.integers(0, 8), min_size=4, max_size=4).map(tuple)
-        ),
+        widths=st.one_of(st.sampled_from([2, 3, 4, 8]), st.lists(st.integers(0, 8), min_size=4, max_size=4).map(tuple)),
         counts=st.tuples(st.integers(0, 20), st.integers(0, 3)),
         pads=st.tuples(st.integers(0, 9), st.integers(0, 99)),
         sinks=st.integers(0, 5),
@@ -507,8 +505,7 @@ def test_processor_without_table_lookups():
 
 
 def check_scalar():
-    assert not cpu.simd.has_table_lookup()
-    assert cpu._expand is cpu._expand_any
+    assert tile._expand is tile._expand_any
     for name in SCALAR:
         arguments = build(CASES[name])
         assert_close(cpu.attend_codes(*arguments), reference.attend_codes(*arguments))

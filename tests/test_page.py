@@ -212,6 +212,13 @@ def test_extra_bytes_are_refused(codec, extra):
         codec.from_bytes(data + extra)
 
 
+@small
+def test_short_payload_with_a_fitting_header_is_refused(codec):
+    page = codec.encode(*page_inputs(codec))
+    with pytest.raises(FormatError, match="another codec"):
+        codec.from_bytes(codec.to_bytes(page[:-16]))
+
+
 def test_other_version_is_named():
     codec = small_codecs()["dense"]
     data = bytearray(codec.to_bytes(codec.encode(*page_inputs(codec))))

@@ -108,6 +108,15 @@ def test_fit_gain_is_least_squares():
     assert torch.allclose(scales.double(), best, rtol=2**-8)
 
 
+def test_vector_that_overshoots_its_narrow_components_gets_a_larger_gain():
+    codec, plain = (mixed([[8] * 8 + [2] * 8] * 2, page_size=256) for _ in range(2))
+    plain.mixed = False  # one gain a vector, its length
+    x = torch.randn(2, 256, 16) @ codec.decode_matrix
+    narrow = (torch.arange(16) >= 8) * torch.randn(2, 256, 16) ** 3 @ codec.decode_matrix
+    assert relative_error(codec, narrow) < 0.9 * relative_error(plain, narrow)
+    assert relative_error(codec, x) <= relative_error(plain, x)
+
+
 @given(st.lists(st.sampled_from(range(9)), min_size=1, max_size=12), st.sampled_from([8, 16, 24, 64]), st.integers(0))
 def test_pack_round_trip(widths, page_size, seed):
     codec = mixed([widths, widths[::-1]], page_size=page_size)

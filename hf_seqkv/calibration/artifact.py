@@ -44,7 +44,7 @@ class SeqKVCalibration:
     Args:
         tensors: By name, see the module's docstring.
         config: Contents of `seqkv_config.json`: `format_version`, `model` (the facts that must match), `weights`
-            (fingerprint), `rope` (per layer `[half, interleaved]`), `bits_per_value`, and how it was made.
+            (fingerprint), `rope` (per layer `[half, interleaved]`), and how it was made.
         source: Where it came from, for messages.
     """
 
@@ -229,7 +229,7 @@ class SeqKVCalibration:
 def _download(repo_id: str, revision, token, cache_dir, local_files_only: bool) -> Path:
     """Directory in the Hub cache with a repository's calibration files."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     options = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     try:

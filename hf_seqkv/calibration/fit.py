@@ -51,7 +51,7 @@ def allocate_widths(variance: torch.Tensor, bits: int, spread: int = 1) -> torch
 
     Args:
         variance: `[D]`.
-        spread: Widths stay within `bits - spread` to `bits + spread`. Tokens that are unlike the others, on which a
+        spread: Widths stay within `bits - spread` and `bits + spread`. Tokens that are unlike the others, on which a
             model often leans, put their energy where the average has none: starving those components destroys them.
     Returns:
         `[D]` uint8.
@@ -95,7 +95,7 @@ def fit_side(moments: Moments, mean: torch.Tensor, bits: int) -> dict[str, torch
     heads, dim = mean.shape
     mean = mean.cpu()
     centred = moments.second.cpu() / moments.count - mean.double()[:, :, None] * mean.double()[:, None]
-    energy, vectors = torch.linalg.eigh(centred)
+    _, vectors = torch.linalg.eigh(centred)
     # Largest first; the sign is arbitrary and fixed so that equal statistics give equal files.
     rotation = vectors.flip(-1).transpose(1, 2)
     rotation = rotation * rotation.gather(2, rotation.abs().argmax(-1, keepdim=True)).sign()

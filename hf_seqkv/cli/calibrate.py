@@ -1,4 +1,4 @@
-"""`seqkv calibrate MODEL`: fit rotations and codebooks, measure them on held-back text, write (and push) the artefact."""
+"""`seqkv calibrate MODEL`: fit rotations and codebooks, measure them on held-back text, write (and push) them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..config import DATA_FREE
 from ..errors import ConfigError, SeqKVError
 
 HELD_BACK = 1 / 8  # of every text: measured on, never fitted on
@@ -25,7 +26,10 @@ def add_parser(subparsers) -> None:
     texts.add_argument("--dataset", metavar="ID", help="dataset on the Hub with a 'text' column (needs 'datasets')")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the artefact is written")
     parser.add_argument("--push-to-hub", metavar="REPO", help="repository to upload the artefact to")
-    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4), help="mean bits a code (default: 4)")
+    for side in ("key", "value"):
+        name, default = f"{side}_bits", DATA_FREE[f"{side}_bits"]
+        help_text = f"mean bits of a {side}'s codes (default: {default})"
+        parser.add_argument(f"--{side}-bits", dest=name, type=int, default=default, choices=range(2, 6), help=help_text)
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens to run (default: 16384)")
     parser.add_argument("--seed", type=int, default=0, help="which windows are drawn (default: 0)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -41,15 +45,19 @@ def run(args: argparse.Namespace) -> int:
     texts = _read_files(args.texts) if args.texts else _read_dataset(args.dataset)
     fitted, held = _split(texts)
     model, tokenizer = _load(args)
-    calibration = calibrate(model, tokenizer, fitted, bits=args.bits, tokens=args.tokens, seed=args.seed)
+    bits = {"key_bits": args.key_bits, "value_bits": args.value_bits}
+    calibration = calibrate(model, tokenizer, fitted, **bits, tokens=args.tokens, seed=args.seed)
     if not args.no_evaluate:
-        calibration.config["quality"] = _evaluate(model, tokenizer, held, calibration, args.bits)
+        calibration.config["quality"] = _evaluate(model, tokenizer, held, calibration, bits)
     calibration.config["texts"] = [path.name for path in args.texts] if args.texts else [args.dataset]
     calibration.card = render_card(calibration.config)
     directory = calibration.save_pretrained(args.out)
     print(f"wrote {directory}", file=sys.stderr)
     for name, row in calibration.config.get("quality", {}).items():
-        print(f"  {name:34s} perplexity x{row['ratio']:.4f} ± {row['ratio_error']:.4f}, KL {row['kl']:.5f}", file=sys.stderr)
+        print(
+            f"  {name:34s} perplexity x{row['ratio']:.4f} ± {row['ratio_error']:.4f}, KL {row['kl']:.5f}",
+            file=sys.stderr,
+        )
     if args.push_to_hub:
         print(f"pushed {calibration.push_to_hub(args.push_to_hub)}", file=sys.stderr)
     if args.json:
@@ -105,7 +113,7 @@ def _load(args: argparse.Namespace):
         raise SeqKVError(f"cannot load {args.model}: {error}") from error
 
 
-def _evaluate(model, tokenizer, text: str, calibration, bits: int, context: int = 1024, scored: int = 512) -> dict:
+def _evaluate(model, tokenizer, text: str, calibration, bits: dict, context: int = 1024, scored: int = 512) -> dict:
     """Quality on held-back text of the calibration and of the data-free methods at the same rate."""
     import torch
     from transformers import DynamicCache
@@ -124,8 +132,8 @@ def _evaluate(model, tokenizer, text: str, calibration, bits: int, context: int 
     dense = teacher_forced_logits(model, ids, DynamicCache(config=model.config), context, "dense")
     methods = {
         "calibrated": {"calibration": calibration},
-        "data-free default": {"key_bits": bits, "value_bits": bits},
-        "TurboQuant as published": SeqKVConfig.published_turboquant(bits).to_dict(),
+        "data-free": bits,
+        "TurboQuant as published": SeqKVConfig.published_turboquant(-(-sum(bits.values()) // 2)).to_dict(),
     }
     rows = {}
     for name, options in methods.items():

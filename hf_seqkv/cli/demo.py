@@ -100,9 +100,7 @@ def _quality(args: argparse.Namespace, options: dict) -> dict:
     model, tokenizer, _ = smollm2.load(getattr(torch, args.dtype))
     ids = passages.held_out(tokenizer, QUALITY_CONTEXT + args.held_out)
     caches = {"dense": DynamicCache(config=model.config), "seqkv": SeqKVCache(config=model.config, **options)}
-    dense, coded = (
-        teacher_forced_logits(model, ids, cache, QUALITY_CONTEXT, label) for label, cache in caches.items()
-    )
+    dense, coded = (teacher_forced_logits(model, ids, cache, QUALITY_CONTEXT, label) for label, cache in caches.items())
     return compare(dense, coded, ids[0, QUALITY_CONTEXT:]).to_dict()
 
 

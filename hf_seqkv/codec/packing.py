@@ -25,7 +25,8 @@ def fields(bits: int) -> list[tuple[int, int]]:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack `codes [..., n]` uint8 below `2**bits` into `[..., n * bits / 8]` uint8; `n` is a multiple of 8."""
     n = codes.shape[-1]
-    assert n % 8 == 0 and bits in WIDTHS, (n, bits)
+    assert n % 8 == 0, n
+    assert bits in WIDTHS, bits
     parts = [codes.new_zeros(*codes.shape[:-1], 0)]
     for width, shift in fields(bits):
         field = (codes >> shift) & ((1 << width) - 1)

@@ -137,8 +137,8 @@ class DensePageCodec(PageCodec):
 
     def splice(self, old: torch.Tensor, new: torch.Tensor, keep: int) -> torch.Tensor:
         """Page of the first `keep` tokens of `old` and the rest of `new`."""
-        (ok, ov), (nk, nv) = self.decode(old), self.decode(new)
-        return self.encode(torch.cat([ok[..., :keep, :], nk[..., keep:, :]], -2), torch.cat([ov[..., :keep, :], nv[..., keep:, :]], -2))
+        parts = zip(self.decode(old), self.decode(new), strict=True)
+        return self.encode(*(torch.cat([o[..., :keep, :], n[..., keep:, :]], -2) for o, n in parts))
 
 
 class QuantizedPageCodec(PageCodec):

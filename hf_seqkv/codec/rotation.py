@@ -14,7 +14,7 @@ import torch
 
 def hadamard_matrix(size: int) -> torch.Tensor:
     """Sylvester's Hadamard matrix scaled to be orthogonal, `[size, size]` fp32; `size` is a power of two."""
-    assert size > 0 and size & (size - 1) == 0, size
+    assert size.bit_count() == 1, size
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)

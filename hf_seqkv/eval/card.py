@@ -1,4 +1,4 @@
-"""The model card of a calibration: a template filled from its `seqkv_config.json`, so that no number is typed by hand."""
+"""The model card of a calibration: a template filled from its `seqkv_config.json`, no number typed by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def render_card(config: dict[str, Any]) -> str:
     values = {
         "base_model_metadata": f"base_model: {base}\n" if base and "/" in base and not base.startswith("/") else "",
         "title": base if base and not base.startswith("/") else model["model_type"],
-        "bits": config["bits"],
+        "key_bits": config["key_bits"],
+        "value_bits": config["value_bits"],
         "layers": model["num_hidden_layers"],
         "heads": model["num_key_value_heads"],
         "head_dim": model["head_dim"],
@@ -39,9 +40,7 @@ def render_card(config: dict[str, Any]) -> str:
 def _quality_table(quality: dict[str, dict] | None) -> str:
     if not quality:
         return "Not measured."
-    head = (
-        "| method | bits a value | perplexity / dense | KL, nats a token | same top-1 |\n|---|---|---|---|---|\n"
-    )
+    head = "| method | bits a value | perplexity / dense | KL, nats a token | same top-1 |\n|---|---|---|---|---|\n"
     return head + "\n".join(
         f"| {name} | {row['bits_per_value']:.3f} | {row['ratio']:.4f} ± {row['ratio_error']:.4f} | {row['kl']:.5f} | "
         f"{row['top1']:.1%} |"

@@ -21,9 +21,7 @@ def table(report: dict) -> str:
         _row("  added at its peak", _added(dense, "peak"), _added(ours, "peak"), _megabytes),
         _row("prefill", dense["prefill_seconds"], ours["prefill_seconds"], "{:.2f} s".format),
         _row("decode step, median", dense["median_step_seconds"], ours["median_step_seconds"], _milliseconds),
-        _row(
-            "decode tokens / s", dense["decode_tokens_per_second"], ours["decode_tokens_per_second"], "{:.2f}".format
-        ),
+        _row("decode tokens / s", dense["decode_tokens_per_second"], ours["decode_tokens_per_second"], "{:.2f}".format),
         ("perplexity", f"{quality['dense_perplexity']:.3f}", f"{quality['perplexity']:.3f}", _ratio(quality)),
         ("KL from dense", "", f"{quality['kl']:.5f}", "nats a token"),
         ("same most likely token", "", f"{quality['top1']:.2%}", ""),

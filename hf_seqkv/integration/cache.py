@@ -59,7 +59,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
                 others.add(type(layer).__name__)
         if not self._coded():
             raise UnsupportedModelError(
-                f"{config.model_type}: no layer keeps plain keys and values ({', '.join(sorted(others)) or 'no layers'}); "
+                f"{config.model_type}: no layer keeps plain keys and values ({', '.join(sorted(others))}); "
                 "use the default cache for this model"
             )
         others.discard("DummyLayer")
@@ -207,9 +207,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
         tokens; `sinks` and `recent` dense tokens; `slack` room for pages to come; `tables` rotations, codebooks and
         recent cosines, shared by layers; `uncompressed` layers of other kinds.
         """
-        parts = dict.fromkeys(
-            ("codes", "side_information", "sinks", "recent", "slack", "tables", "uncompressed"), 0
-        )
+        parts = dict.fromkeys(("codes", "side_information", "sinks", "recent", "slack", "tables", "uncompressed"), 0)
         for layer in self.layers:
             if not isinstance(layer, SeqKVLayer):
                 tensors = [x for x in vars(layer).values() if isinstance(x, torch.Tensor) and x.dim() > 0]

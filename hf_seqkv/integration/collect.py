@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..calibration.artifact import FORMAT_VERSION, SIDES, SeqKVCalibration
 from ..calibration.fit import Moments, fit_side
 from ..codec.center import rotate
+from ..config import DATA_FREE
 from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
 from . import capture
 from .cache import SeqKVCache
@@ -59,8 +60,8 @@ def token_windows(tokenizer, texts: list[str], tokens: int, window: int, seed: i
     body = window - len(first)
     if len(ids) < body:
         raise ConfigError(f"the texts hold {len(ids)} tokens, a calibration window needs {body}; give more text")
-    starts = torch.arange(len(ids) // body)[torch.randperm(len(ids) // body, generator=torch.Generator().manual_seed(seed))]
-    starts = starts[: max(1, tokens // window)].sort().values
+    order = torch.randperm(len(ids) // body, generator=torch.Generator().manual_seed(seed))
+    starts = order[: max(1, tokens // window)].sort().values
     if len(starts) * window < tokens:
         warnings.warn(
             f"the texts hold {len(ids)} tokens, {tokens} were asked for; more text makes a better calibration",
@@ -76,7 +77,8 @@ def calibrate(
     tokenizer,
     texts: list[str],
     *,
-    bits: int = 4,
+    key_bits: int = DATA_FREE["key_bits"],
+    value_bits: int = DATA_FREE["value_bits"],
     tokens: int = 16_384,
     window: int = 1024,
     seed: int = 0,
@@ -87,18 +89,20 @@ def calibrate(
     Args:
         model: A transformers causal LM, on any device or spread over several.
         texts: Plain texts like those the model will see; never the ones it will be judged on.
-        bits: Mean bits a code, keys and values alike: 2, 3 or 4.
+        key_bits, value_bits: Mean bits a code, 2 to 5.
         tokens: Tokens to run, in windows of `window`.
 
     Returns:
         The calibration; equal for equal inputs and seed on one machine.
 
     Raises:
-        ConfigError: Too little text, or `bits` outside the set.
+        ConfigError: Too little text, or bits outside the range.
         UnsupportedModelError: A model whose layers cannot be coded.
     """
-    if bits not in (2, 3, 4):
-        raise ConfigError(f"bits={bits} is not one of 2, 3, 4")
+    bits = {"key": key_bits, "value": value_bits}
+    for side, count in bits.items():
+        if count not in range(2, 6):
+            raise ConfigError(f"{side}_bits={count!r} is not one of 2, 3, 4, 5")
     config = model.config.get_text_config(decoder=True)
     probe = SeqKVCache(config=config, method="turboquant")  # refuses what cannot be coded
     coded = [layer.index for layer in probe._coded()]
@@ -139,7 +143,7 @@ def calibrate(
         for side in SIDES:
             moments = sides[index, side]
             mean = moments.mean() if side == "value" else torch.zeros_like(moments.mean())
-            fitted = fit_side(moments, mean, bits)
+            fitted = fit_side(moments, mean, bits[side])
             fitted["mean"] = plain[index].mean() if side == "key" else mean
             tensors |= {f"{index}.{side}.{name}": x.cpu().contiguous() for name, x in fitted.items()}
     description = {
@@ -148,7 +152,8 @@ def calibrate(
         "base_model": model.config.name_or_path or None,
         "weights": weights_fingerprint(model),
         "rope": [layouts[index] for index in coded],
-        "bits": bits,
+        "key_bits": key_bits,
+        "value_bits": value_bits,
         "tokens": windows.numel(),
         "window": window,
         "seed": seed,

@@ -1,28 +1,17 @@
-"""`SeqKVLayer`: one attention layer's cache, `[ sinks | pages | recent ]` for every row.
-
-Rows are aligned to their own first token: left padding is never stored, and a row's pages are the same bytes whatever
-its neighbours. `start` is a row's first real slot, `counts` its pages; before its first page a row's tokens, sinks
-included, are all in `recent`.
-
-    slot:   0 ... start | n_sink | page 0 | page 1 | ... | recent ... | length
-            pads          sinks    ^ _page_slot(row, 0)    ^ _dense_slot(row)
-"""
+"""`SeqKVLayer`: `PagedTokens` behind the interface of a transformers cache layer."""
 
 from __future__ import annotations
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from ..codec.center import Center, rotate
 from ..config import SeqKVConfig
-from ..errors import ConfigError, NonFiniteError, SeqKVError, UnsupportedOperationError
-from ..kernels.interface import DenseRun, LayerView
+from ..errors import ConfigError, SeqKVError, UnsupportedOperationError
 from .handle import Handle
+from .paged import PagedTokens
 
-ENCODE_PAGES = 64  # pages encoded at once: bounds the temporaries of a long prefill
 
-
-class SeqKVLayer(DynamicLayer):
+class SeqKVLayer(PagedTokens, DynamicLayer):
     """Cache of one layer; `sliding_window` is the window of a sliding or chunked layer, None for full attention.
 
     Args:
@@ -31,7 +20,7 @@ class SeqKVLayer(DynamicLayer):
     """
 
     def __init__(self, cache, index: int, config: SeqKVConfig, sliding_window: int | None = None):
-        super().__init__()
+        DynamicLayer.__init__(self)
         self.cache, self.index, self.config, self.sliding_window = cache, index, config, sliding_window
         self.is_sliding = sliding_window is not None
         self.supports_early_init = False
@@ -39,16 +28,8 @@ class SeqKVLayer(DynamicLayer):
         self._clear()
 
     def _clear(self) -> None:
+        super()._clear()
         self.is_initialized = False
-        self.codec = None
-        self.pages: torch.Tensor | None = None  # [B, capacity, page_bytes]
-        self.sink_k = self.sink_v = None  # [B, H, n_sink, D]
-        self.recent_k = self.recent_v = None  # [B, H, capacity, D], first token at slot `base`
-        self.mean = None  # [B, H, Dk] constant part of the keys
-        self.length = self.base = self.dropped = 0
-        self.start: list[int] = []
-        self.counts: list[int] = []  # pages of each row, dropped ones included
-        self.kept: list[int] = []  # tokens of page `counts[row]` whose codes, in place, outlived a crop
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -61,33 +42,10 @@ class SeqKVLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length - self._offset(), self._offset()
 
-    def _offset(self) -> int:
-        """First slot that is still held: 0 until a sliding layer drops pages."""
-        if self.dropped == 0:
-            return 0
-        return min(self._page_slot(row, self.dropped) for row in range(len(self.start)))
-
-    def _page_slot(self, row: int, page: int) -> int:
-        return self.start[row] + self.config.n_sink + page * self.config.page_size
-
-    def _dense_slot(self, row: int) -> int:
-        """First slot of a row that is not in a page (or a sink beside pages)."""
-        return self._page_slot(row, self.counts[row]) if self.counts[row] else self.start[row]
-
     # -- writing -------------------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        batch, heads, _, key_dim = key_states.shape
-        value_dim = value_states.shape[-1]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.codec = self.cache.codec(self.index, heads, key_dim, value_dim, self.dtype, self.device)
-        self.pages = torch.empty(batch, 0, self.codec.page_bytes, dtype=torch.uint8, device=self.device)
-        self.sink_k = key_states.new_zeros(batch, heads, self.config.n_sink, key_dim)
-        self.sink_v = key_states.new_zeros(batch, heads, self.config.n_sink, value_dim)
-        self.recent_k = key_states.new_empty(batch, heads, 0, key_dim)
-        self.recent_v = key_states.new_empty(batch, heads, 0, value_dim)
-        self.start, self.counts, self.kept = [0] * batch, [0] * batch, [0] * batch
-        self.mean = self.cache.initial_mean(self.index, batch, heads, key_dim, self.device)
+        self._allocate(key_states, value_states)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -138,163 +96,7 @@ class SeqKVLayer(DynamicLayer):
                 "use one cache for one batch, or reset() it first"
             )
 
-    def _appended(self, key_states, value_states):
-        """Dense tokens with the new ones behind them, `[B, H, n, D]`; in place where the buffers have room."""
-        held, new = self.length - self.base, key_states.shape[2]
-        out = []
-        for name, fresh in (("recent_k", key_states), ("recent_v", value_states)):
-            buffer = getattr(self, name)
-            if held + new > buffer.shape[2]:
-                grown = fresh.new_empty(*fresh.shape[:2], max(held + new, self._capacity()), fresh.shape[3])
-                grown[:, :, :held] = buffer[:, :, :held]
-                buffer = grown
-                setattr(self, name, buffer)
-            buffer[:, :, held : held + new] = fresh
-            out.append(buffer[:, :, : held + new])
-        return tuple(out)
-
-    def _capacity(self) -> int:
-        return self.config.n_sink + self.config.residual_length + self.config.page_size
-
-    def _plan(self, source) -> list[tuple[list[int], int, int, int]]:
-        """Rows that owe pages, grouped: `(rows, first page, number of pages, slot of the first)`.
-
-        Raises:
-            NonFiniteError: Of any token that would be encoded.
-        """
-        groups: dict[tuple[int, int, int], list[int]] = {}
-        size, keep = self.config.page_size, self.config.residual_length
-        for row, count in enumerate(self.counts):
-            slot = self._page_slot(row, count)
-            due = (self.length - keep - slot) // size
-            if due > 0:
-                groups.setdefault((count, due, slot), []).append(row)
-        for (_, due, slot), rows in groups.items():
-            if self.config.method == "dense":
-                break
-            at, end = max(0, self._dense_slot(rows[0]) - self.base), slot - self.base + due * size
-            for name, x in zip(("keys", "values"), source, strict=True):
-                part = x[rows, :, at:end] if len(rows) < len(x) else x[:, :, at:end]
-                if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
-                    row, _, token, _ = (~torch.isfinite(part)).nonzero()[0].tolist()
-                    raise NonFiniteError(
-                        f"{name} of layer {self.index}, row {rows[row]}, token {token + at + self.base} are not "
-                        "finite and cannot be quantised; run the model in a wider dtype (bfloat16 or float32) or use "
-                        "method='dense'"
-                    )
-        return [(rows, *key) for key, rows in groups.items()]
-
-    def _flush(self, source, plan) -> None:
-        """Turn all but the recent tokens into pages, then keep a copy of those: frees the dense tensors."""
-        k, v = source
-        if plan:
-            after = list(self.counts)
-            for rows, first, due, _ in plan:
-                for row in rows:
-                    after[row] = first + due
-            self._drop(after)
-        for rows, first, due, slot in plan:
-            pick = slice(None) if len(rows) == len(k) else torch.tensor(rows, device=self.device)
-            if first == 0 and self.config.n_sink:
-                at = slot - self.base
-                self.sink_k[pick] = k[pick, :, at - self.config.n_sink : at]
-                self.sink_v[pick] = v[pick, :, at - self.config.n_sink : at]
-            self._encode(rows, pick, k, v, first, due, slot)
-        if not plan and self.recent_k.shape[2] >= self.length - self.base:
-            return
-        base = min(self._dense_slot(row) for row in range(len(self.counts)))
-        base = max(self.base, min(base, self.length))
-        kept = self.length - base
-        for name, x in (("recent_k", k), ("recent_v", v)):
-            fresh = x.new_empty(*x.shape[:2], max(kept, self._capacity()), x.shape[3])
-            fresh[:, :, :kept] = x[:, :, base - self.base :]
-            setattr(self, name, fresh)
-        self.base = base
-
-    def _encode(self, rows, pick, k, v, first: int, due: int, slot: int) -> None:
-        size, last = self.config.page_size, first + due
-        self._reserve(last)
-        table = self.cache.table(self.index)
-        if table is not None:
-            starts = torch.stack([table.fix(row, first, last, slot) for row in rows])
-            if first == 0 and self.cache.calibration is None:
-                self._measure_mean(rows, pick, k, table, slot)
-        skip = max(first, self.dropped)
-        for at in range(skip, last, ENCODE_PAGES):
-            until = min(at + ENCODE_PAGES, last)
-            begin = slot - self.base + (at - first) * size
-            span = slice(begin, begin + (until - at) * size)
-            keys, values = (x[pick, :, span].unflatten(2, (-1, size)).transpose(1, 2) for x in (k, v))
-            if table is not None:
-                center = Center(self.mean[pick], starts[:, at - first : until - first], table.relative, table.interleaved)
-                keys = keys.float() - center.keys(0, until - at)
-            pages = self.codec.encode(keys, values)
-            for i, row in enumerate(rows):
-                if at == first and self.kept[row]:
-                    pages[i, 0] = self.codec.splice(self.pages[row, at - self.dropped], pages[i, 0], self.kept[row])
-            self.pages[pick, at - self.dropped : until - self.dropped] = pages
-        for row in rows:
-            self.counts[row], self.kept[row] = last, 0
-
-    def _measure_mean(self, rows, pick, k, table, slot: int) -> None:
-        """Constant part of the keys: the mean over the row's first page, before RoPE.
-
-        Only the row's own first tokens enter, so its codes do not depend on anything else.
-        """
-        if any(self.kept[row] for row in rows):
-            return
-        at, size = slot - self.base, self.config.page_size
-        angles = torch.stack([table.tokens(row, slot, size) for row in rows])[:, None]
-        plain = rotate(k[pick, :, at : at + size].float(), angles, table.interleaved, inverse=True)
-        self.mean[pick] = plain.mean(2)
-
-    def _reserve(self, pages: int) -> None:
-        """Room for pages up to `pages`. Growth by a sixteenth keeps the copying at O(1) a page and the slack small."""
-        need = pages - self.dropped
-        if need > self.pages.shape[1]:
-            held = self.pages.shape[1]
-            grown = self.pages.new_empty(self.pages.shape[0], need + (need // 16 if held else 0), self.codec.page_bytes)
-            grown[:, :held] = self.pages
-            self.pages = grown
-
-    def _drop(self, counts: list[int]) -> None:
-        """Forget pages of a sliding layer, `counts` of each row, that no query to come can see.
-
-        A margin of `residual_length` is kept for `crop`, and everything while the past is recorded for a rollback.
-        """
-        if self.sliding_window is None or self.record_past:
-            return
-        seen = self.length - self.sliding_window + 1 - self.config.residual_length
-        outside = [(seen - self._page_slot(row, 0)) // self.config.page_size for row in range(len(counts))]
-        drop = min(map(min, outside, counts))
-        if drop > self.dropped:
-            self.pages = self.pages[:, drop - self.dropped :].clone()
-            self.dropped = drop
-
     # -- reading -------------------------------------------------------------------------------------------------
-
-    def view(self, source=None) -> LayerView:
-        """Snapshot of what the layer holds; `source` are dense tokens that are not yet flushed."""
-        if source is None:
-            held = self.length - self.base
-            source = self.recent_k[:, :, :held], self.recent_v[:, :, :held]
-        rows = range(len(self.counts))
-        table = self.cache.table(self.index)
-        center = None
-        if table is not None and table.relative is not None:
-            center = Center(self.mean, table.starts[:, self.dropped :], table.relative, table.interleaved)
-        sinks = [0 if self.counts[row] and not self.dropped else self.config.n_sink for row in rows]
-        return LayerView(
-            codec=self.codec,
-            pages=self.pages,
-            counts=[max(0, count - self.dropped) for count in self.counts],
-            page_slots=[self._page_slot(row, self.dropped) for row in rows],
-            sinks=DenseRun(self.sink_k, self.sink_v, list(self.start), sinks),
-            recent=DenseRun(*source, [self.base] * len(rows), [self._dense_slot(row) - self.base for row in rows]),
-            center=center,
-            length=self.length,
-            offset=self._offset(),
-        )
 
     def _handles(self, source) -> tuple[Handle, Handle]:
         view = self.view(source)
@@ -338,7 +140,7 @@ class SeqKVLayer(DynamicLayer):
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): a positive length is not supported; pass minus the number of tokens to remove"
+                f"crop({tokens_to_remove}): positive lengths are not supported; pass minus the tokens to remove"
             )
         if not self.is_initialized:
             return
@@ -361,41 +163,8 @@ class SeqKVLayer(DynamicLayer):
             self._drop(self.counts)
             self.record_past = True
 
-    def _cropped(self, row: int, length: int) -> tuple[int, int]:
-        """Pages of a row after a crop, and the tokens of the next page whose codes remain."""
-        if length >= self._dense_slot(row):
-            return self.counts[row], self.kept[row] and min(self.kept[row], length - self._page_slot(row, self.counts[row]))
-        inside = max(0, length - self._page_slot(row, 0))
-        return inside // self.config.page_size, inside % self.config.page_size
-
-    def _unpage(self, length: int, plan) -> None:
-        """Move the tokens of cut pages back to the dense window."""
-        k, v = (h.materialize() for h in self._handles(None))
-        offset = self._offset()
-        for row, (count, kept) in enumerate(plan):
-            self.counts[row], self.kept[row] = count, max(0, kept)
-        base = max(offset, min(min(self._dense_slot(row) for row in range(len(plan))), length))
-        for name, x in (("recent_k", k), ("recent_v", v)):
-            fresh = x.new_empty(*x.shape[:2], max(length - base, self._capacity()), x.shape[3])
-            fresh[:, :, : length - base] = x[:, :, base - offset : length - offset]
-            setattr(self, name, fresh)
-        self.base = base
-
     def reset(self) -> None:
         self._clear()
-
-    def _select(self, index: torch.Tensor) -> None:
-        """Keep rows of the batch by index, with repetition."""
-        if not self.is_initialized:
-            return
-        at = index.to(self.device)
-        for name in ("pages", "sink_k", "sink_v", "recent_k", "recent_v", "mean"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, tensor.index_select(0, at))
-        order = index.tolist()
-        for name in ("start", "counts", "kept"):
-            setattr(self, name, [getattr(self, name)[i] for i in order])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)

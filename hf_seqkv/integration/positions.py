@@ -36,7 +36,7 @@ class PositionTable:
         self._source: weakref.ref | None = None
 
     def append(self, slot: int, new: int, batch: int, noted, device) -> None:
-        """Rows of the `new` tokens from `slot` on, as noted of a forward. Layers call this in turn; the first writes."""
+        """Rows of the `new` tokens from `slot` on, as a forward was noted; the first layer of it writes."""
         if self.rows is None:
             self.rows = torch.zeros(batch, 0, 2 * self.half, device=device)
             self.starts = torch.zeros(batch, 0, 2 * self.half, device=device)

@@ -104,7 +104,7 @@ def _warn_once(message: str) -> None:
 def select_backend(name: str, codec: PageCodec, device: torch.device):
     """The `attend_codes` function of a backend.
 
-    `"auto"` takes the compiled kernel for quantised pages on a CPU and torch otherwise; `HF_SEQKV_BACKEND` overrides it.
+    `"auto"` is the compiled kernel for quantised pages on a CPU, else torch; `HF_SEQKV_BACKEND` overrides it.
 
     Raises:
         BackendError: The backend named cannot run for this device or here.

@@ -135,7 +135,11 @@ mix_16, mix_64 = _make_mix(1), _make_mix(4)
 
 
 def _vpermps(builder, table, index):
-    """16 entries of a table of 16 (or of 32, given as two vectors) at once."""
+    """16 entries at once of a table of 16, 32 or 64, given as vectors of 16."""
+    if len(table) == 4:
+        low, high = (_vpermps(builder, half, index) for half in (table[:2], table[2:]))
+        upper = builder.icmp_unsigned(">=", index, ir.Constant(_V32, [32] * LANES))
+        return builder.select(upper, high, low)
     name, args = "llvm.x86.avx512.permvar.sf.512", [table[0], index]
     if len(table) == 2:
         name, args = "llvm.x86.avx512.vpermi2var.ps.512", [table[0], index, table[1]]
@@ -167,7 +171,7 @@ def _make_expand(width: int):
     def expand(typingctx, codes, table, out, rows, out_stride):
         def codegen(context, b, signature, args):
             codes, table, out, rows, out_stride = args
-            halves = [_load(b, _at(b, table, _I64(LANES * i), _VF)) for i in range(2 if width == 5 else 1)]
+            halves = [_load(b, _at(b, table, _I64(LANES * i), _VF)) for i in range(max(1, 2 ** (width - 4)))]
             with cgutils.for_range(b, rows) as loop:
                 row = b.add(codes, b.mul(loop.index, _I64(8 * width)))
                 target = b.mul(loop.index, out_stride)
@@ -191,4 +195,4 @@ def _make_expand(width: int):
 
 # Codes of consecutive components, 64 tokens each, to levels: `out[r, :64] = table[codes[r]]`.
 # Arguments: codes, table, out (addresses), rows, row stride of out. One function a width.
-expand_1, expand_2, expand_3, expand_4, expand_5 = (_make_expand(width) for width in range(1, 6))
+expand_1, expand_2, expand_3, expand_4, expand_5, expand_6 = (_make_expand(width) for width in range(1, 7))
