@@ -73,6 +73,23 @@ class SeqKVConfig:
     def __post_init__(self):
         if self.method is None:
             object.__setattr__(self, "method", "turboquant" if self.calibration is None else "calibrated")
+        self._check_choices()
+        self._check_method()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+        for name in ("key_bits", "value_bits"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value not in BITS):
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, BITS))}")
+        if self.center_keys is not None and not isinstance(self.center_keys, bool):
+            raise ConfigError(f"center_keys={self.center_keys!r} must be True or False")
+
+    def _check_method(self) -> None:
         if self.method == "calibrated" and self.calibration is None:
             raise ConfigError(
                 "method='calibrated' needs calibration=<directory, Hub repository or SeqKVCalibration>; "
@@ -86,26 +103,17 @@ class SeqKVConfig:
                 object.__setattr__(self, name, default if value is None else value)
             elif value is not None:
                 raise ConfigError(f"{name}={value!r} has no meaning for method={self.method!r}; leave it out")
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
-        for name in ("key_bits", "value_bits"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value not in BITS):
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, BITS))}")
-        if self.center_keys is not None and not isinstance(self.center_keys, bool):
-            raise ConfigError(f"center_keys={self.center_keys!r} must be True or False")
+
+    def _check_numbers(self) -> None:
         for name, least in (("page_size", 8), ("n_sink", 0), ("residual_length", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is None and name == "seed":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if type(value) is not int or value < least:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
         if self.page_size % 8 or self.page_size > 1024:
-            low = min(max(self.page_size // 8 * 8, 8), 1024)
-            high = min(low + 8, 1024)
-            nearest = f"{low} or {high}" if high > low else f"{low}"
+            low = min(self.page_size // 8 * 8, 1024)
+            nearest = f"{low} or {low + 8}" if low < 1024 else "1024"
             raise ConfigError(f"page_size={self.page_size} must be a multiple of 8 up to 1024; nearest: {nearest}")
 
     @classmethod
@@ -130,10 +138,12 @@ class SeqKVConfig:
             ConfigError: A name is not an option; the message names the closest one.
         """
         names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(options, dict):
+            raise ConfigError(f"options must be a dict of {', '.join(names)}; got {type(options).__name__}")
         for name in options:
             if name not in names:
                 close = difflib.get_close_matches(str(name), names, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = f"; did you mean {close[0]!r}?" if close else "."
                 raise ConfigError(f"unknown option {name!r}{hint} Options: {', '.join(names)}")
         return cls(**options)
 

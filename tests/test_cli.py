@@ -107,7 +107,7 @@ def test_bad_arguments(argv, capsys):
     ("argv", "words"),
     [
         (["run", "--option", "keybits=3", "x.py"], "did you mean 'key_bits'"),
-        (["run", "--option", "key_bits=5", "x.py"], "key_bits=5"),
+        (["run", "--option", "key_bits=7", "x.py"], "key_bits=7"),
         (["run", "no_such_script.py"], "no_such_script.py"),
         (["demo", "--option", "method=magic"], "'magic'"),
         (["demo", "--plot", "no/such/directory/demo.png"], "no such directory"),
@@ -135,7 +135,7 @@ def test_run_script(program, capsys):
 def test_run_module(program, monkeypatch, capsys):
     monkeypatch.chdir(program.parent)
     assert main(["run", "-m", program.stem, "--flag"]) == 0
-    assert capsys.readouterr().out.startswith("--flag __main__ SeqKVCache 4\n")
+    assert capsys.readouterr().out.startswith("--flag __main__ SeqKVCache 5\n")
 
 
 def test_default_leaves_other_choices(default_cache):

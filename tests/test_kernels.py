@@ -1,10 +1,12 @@
 """Attention over codes: the reference against torch, the compiled kernel against the reference."""
 
 import dataclasses
+import hashlib
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -514,3 +516,15 @@ def check_scalar():
 
 if __name__ == "__main__":
     check_scalar()
+
+
+def called(*names):
+    """Digest of kernel files, as the files that call them carry it."""
+    folder = Path(cpu.__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
+
+
+def test_compiled_code_is_of_these_sources():
+    """A changed `simd.py` or `tile.py` must change the files whose compiled functions are cached, or old code runs."""
+    assert called("simd.py") == tile.CALLS
+    assert called("simd.py", "tile.py") == cpu.CALLS

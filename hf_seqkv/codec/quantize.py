@@ -26,14 +26,21 @@ def _sphere_density(dim: int) -> tuple[np.ndarray, np.ndarray]:
     return x * np.sqrt(dim), weights / weights.sum()
 
 
-def _centroids(x, weights, levels):
-    """Conditional means of the cells around `levels`, and the mean squared error of that codebook."""
-    mass = np.concatenate([[0.0], np.cumsum(weights)])
-    moment = np.concatenate([[0.0], np.cumsum(weights * x)])
-    edges = np.concatenate([[0], np.searchsorted(x, (levels[1:] + levels[:-1]) / 2), [len(x)]])
-    cell = np.diff(mass[edges])
-    means = np.where(cell > 0, np.diff(moment[edges]) / np.maximum(cell, 1e-300), levels)
-    return means, float((weights * x**2).sum() - (cell * means**2).sum())
+class _Cells:
+    """Conditional means and error of the cells around levels, over sorted values `x` with weights."""
+
+    def __init__(self, x: np.ndarray, weights: np.ndarray):
+        self.x = x
+        self.mass = np.concatenate([[0.0], np.cumsum(weights)])
+        self.moment = np.concatenate([[0.0], np.cumsum(weights * x)])
+        self.power = float((weights * x**2).sum())
+
+    def centroids(self, levels: np.ndarray) -> tuple[np.ndarray, float]:
+        """Centroids of the cells of `levels`, and the mean squared error of these centroids."""
+        edges = np.concatenate([[0], np.searchsorted(self.x, (levels[1:] + levels[:-1]) / 2), [len(self.x)]])
+        cell = np.diff(self.mass[edges])
+        means = np.where(cell > 0, np.diff(self.moment[edges]) / np.maximum(cell, 1e-300), levels)
+        return means, self.power - float((cell * means**2).sum())
 
 
 @functools.lru_cache(maxsize=32)
@@ -46,8 +53,9 @@ def lloyd_max(bits: int, dim: int) -> torch.Tensor:
     # Panter–Dite start: levels at the quantiles of the cube root of the density.
     companded = np.cumsum(weights ** (1 / 3))
     levels = x[np.searchsorted(companded / companded[-1], (np.arange(2**bits) + 0.5) / 2**bits)]
+    cells = _Cells(x, weights)
     for _ in range(1000):
-        new, _ = _centroids(x, weights, levels)
+        new, _ = cells.centroids(levels)
         moved = np.abs(new - levels).max()
         levels = new
         if moved < 1e-9:
@@ -81,7 +89,7 @@ def distortion(bits: int, dim: int) -> float:
     if bits == 0:
         return 1.0
     x, weights = _sphere_density(dim)
-    return _centroids(x, weights, lloyd_max(bits, dim).double().numpy())[1]
+    return _Cells(x, weights).centroids(lloyd_max(bits, dim).double().numpy())[1]
 
 
 def fit_codebook(samples: torch.Tensor, bits: int, iterations: int = 50) -> torch.Tensor:
@@ -93,10 +101,13 @@ def fit_codebook(samples: torch.Tensor, bits: int, iterations: int = 50) -> torc
         `[2**bits]` fp32, sorted.
     """
     x = np.sort(samples.double().numpy())
-    weights = np.full(len(x), 1.0 / len(x))
-    levels = np.quantile(x, (np.arange(2**bits) + 0.5) / 2**bits)
+    # Panter–Dite again, from the quantiles: spacing to the power 2/3 is density to the power 1/3 along x.
+    grid = np.quantile(x, np.linspace(0, 1, 1025))
+    companded = np.concatenate([[0.0], np.cumsum(np.diff(grid) ** (2 / 3))])
+    levels = np.interp((np.arange(2**bits) + 0.5) / 2**bits * companded[-1], companded, grid)
+    cells = _Cells(x, np.full(len(x), 1.0 / len(x)))
     for _ in range(iterations):
-        levels = np.sort(_centroids(x, weights, levels)[0])
+        levels = np.sort(cells.centroids(levels)[0])
     return torch.from_numpy(levels).float()
 
 

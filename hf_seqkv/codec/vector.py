@@ -86,12 +86,15 @@ class VectorCodec:
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantise `x [..., H, P, D]` to codes `[..., H, D, P]` uint8 and scales `[..., H, P]` bf16."""
         y = (x.float() - self.mean[:, None]) @ self.encode_matrix
+        # To magnitudes around 1 by powers of two, which change no code: squares neither overflow nor vanish.
+        exponent = torch.frexp(y.abs().amax(-1)).exponent
+        y = torch.ldexp(y, -exponent[..., None])
         weights = self.weights[:, None]
-        gain = ((y.square() * weights).sum(-1) / weights.sum(-1)).sqrt().clamp_min(1e-30)
+        gain = ((y.square() * weights).sum(-1) / weights.sum(-1)).sqrt()
         z = y.transpose(-1, -2)  # [..., H, D, P]
         codes, fitted, error = self._quantize(z, gain)
         if self.scale == "norm":
-            return codes, gain.to(torch.bfloat16)
+            return codes, torch.ldexp(gain, exponent).to(torch.bfloat16)
         if self.mixed:
             # A vector unlike those the widths were made for overshoots its narrow components: try larger gains.
             for factor in (1.4, 2.0, 2.8, 4.0):
@@ -99,11 +102,11 @@ class VectorCodec:
                 better = rest < error
                 codes = torch.where(better[..., None, :], again, codes)
                 fitted, error = torch.where(better, gained, fitted), torch.where(better, rest, error)
-        return codes, fitted.to(torch.bfloat16)
+        return codes, torch.ldexp(fitted, exponent).to(torch.bfloat16)
 
     def _quantize(self, y: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes of `y [..., H, D, P]` under a gain `[..., H, P]`, the least-squares gain and the error it leaves."""
-        flat = (y / gain[..., None, :]).flatten(-3, -2).movedim(-2, 0).contiguous()  # [H * D, ..., P]
+        flat = (y / gain.clamp_min(1e-30)[..., None, :]).flatten(-3, -2).movedim(-2, 0).contiguous()  # [H * D, ..., P]
         codes = torch.zeros(flat.shape, dtype=torch.uint8, device=y.device)
         chosen = torch.zeros_like(flat)
         for width, rows, _ in self._groups:

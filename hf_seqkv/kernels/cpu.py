@@ -35,6 +35,8 @@ from .tile import (
 )
 
 SPLIT = 16
+# numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernels.py`).
+CALLS = "2c8b4e551fbfe320"
 
 
 @njit(
@@ -229,7 +231,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     out = np.empty((pairs, rows, codec.value_dim), np.float32)
     with _threads():
         _partials(
-            scaled.numpy(), steps, size, view.pages.numpy(), np.array(view.counts, np.int64),
+            scaled.numpy(), steps, size, view.pages.contiguous().numpy(), np.array(view.counts, np.int64),
             np.array(view.page_slots, np.int64), table["sections"], table["matrices"], table["offsets"],
             table["widths"], table["levels"], table["means"][0], coefficients, starts, relative, dense, slots, begin,
             bias, np.float32(scoring.softcap or 0), bool(scoring.causal and mask is None), scoring.window or 0,

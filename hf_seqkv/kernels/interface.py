@@ -111,7 +111,7 @@ def select_backend(name: str, codec: PageCodec, device: torch.device):
     """
     from .reference import attend_codes as reference
 
-    name = os.environ.get("HF_SEQKV_BACKEND", "auto") if name == "auto" else name
+    name = (os.environ.get("HF_SEQKV_BACKEND") or "auto") if name == "auto" else name
     if name not in ("auto", "reference", "cpu"):
         raise BackendError(f"backend {name!r} is not one of 'auto', 'reference', 'cpu' (see HF_SEQKV_BACKEND)")
     # Dense pages hold plain tensors: torch's own matmul is the fast path for them.

@@ -10,10 +10,9 @@ All functions take addresses (`array.ctypes.data`) and lengths in elements, and 
 
 from __future__ import annotations
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
+from numba import config, types
+from numba.core import cgutils, codegen
 from numba.extending import intrinsic
 
 LANES = 16
@@ -24,8 +23,11 @@ _FAST = ("reassoc", "contract", "nsz", "arcp")
 
 
 def has_table_lookup() -> bool:
-    """Whether the host processor has `vpermps` on 16 lanes (AVX-512F)."""
-    return bool(llvm.get_host_cpu_features().get("avx512f", False))
+    """Whether numba compiles for a processor with `vpermps` on 16 lanes (AVX-512F)."""
+    features = config.CPU_FEATURES
+    if features is None:
+        features = codegen.get_host_cpu_features()
+    return "+avx512f" in features.split(",")
 
 
 def _at(builder, base, index, type_):

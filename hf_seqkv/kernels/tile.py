@@ -13,6 +13,8 @@ from numba import njit
 from . import simd
 
 LANES = simd.LANES
+# numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernels.py`).
+CALLS = "5ff0bae611b65b0f"
 # No "nnan" or "ninf": masked scores are minus infinity.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 _jit = functools.partial(njit, fastmath=FAST, error_model="numpy", nogil=True, cache=True)
