@@ -1,4 +1,4 @@
-"""`SeqKVCalibration`: the rotations, codebooks and means fitted for one model, and their files.
+"""`SeqKVCalibration`: the rotations, bit widths and codebooks fitted for one model, and their files.
 
 A calibration is a directory or a Hub repository with three files:
 
@@ -12,7 +12,6 @@ Tensors of layer `i`, for `side` in `key`, `value` (all fp32 but `widths`):
     {i}.{side}.std        [H, D]         standard deviation of each component of a vector of length sqrt(D)
     {i}.{side}.widths     [H, D] uint8   bits of each component
     {i}.{side}.levels     [H, 9, n]      codebook of each width, unit variance
-    {i}.{side}.mean       [H, D]         constant part; of keys before RoPE
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from ..errors import CalibrationMismatchError, CalibrationNotFoundError, FormatE
 FORMAT_VERSION = 1
 TENSORS_NAME, CONFIG_NAME, CARD_NAME = "calibration.safetensors", "seqkv_config.json", "README.md"
 SIDES = ("key", "value")
-PARTS = ("rotation", "std", "widths", "levels", "mean")
+PARTS = ("rotation", "std", "widths", "levels")
 
 
 @dataclass(eq=False)
@@ -72,13 +71,8 @@ class SeqKVCalibration:
             decode = part["rotation"] * part["std"][..., None]
             encode = (part["rotation"] / part["std"][..., None]).transpose(1, 2).contiguous()
             levels = torch.nn.functional.pad(part["levels"], (0, 256 - part["levels"].shape[-1]))
-            mean = torch.zeros_like(part["mean"]) if side == "key" else part["mean"]
-            sides.append(VectorCodec(encode, decode, mean, part["widths"], levels, "fit", page_size))
+            sides.append(VectorCodec(encode, decode, torch.zeros(heads, dim), part["widths"], levels, "fit", page_size))
         return QuantizedPageCodec(*sides)
-
-    def key_mean(self, index: int) -> torch.Tensor:
-        """Constant part of a layer's keys before RoPE, `[H, D]`."""
-        return self.tensors[f"{index}.key.mean"]
 
     def check(self, facts: dict[str, Any]) -> None:
         """Compare with a model's facts (`integration.model_facts`).

@@ -18,11 +18,10 @@ CODEBOOK_SAMPLES = 20_000
 
 
 class Moments:
-    """Running first and second moments of vectors, per KV head, and a sample of them."""
+    """Running second moments of vectors, per KV head, and a sample of them."""
 
     def __init__(self, heads: int, dim: int, samples: int, device):
         self.count = 0
-        self.total = torch.zeros(heads, dim, dtype=torch.float64, device=device)
         self.second = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
         self.samples: list[torch.Tensor] = []
         self.room = samples
@@ -31,17 +30,12 @@ class Moments:
         """Add vectors `x [H, N, D]`, `keep` of them, evenly spaced, to the sample."""
         x = x.float()
         self.count += x.shape[1]
-        self.total += x.sum(1)
         self.second += x.transpose(1, 2) @ x
         keep = min(keep, self.room, x.shape[1])
         if keep:
             at = torch.linspace(0, x.shape[1] - 1, keep).long()
             self.samples.append(x[:, at].to("cpu", torch.bfloat16))
             self.room -= keep
-
-    def mean(self) -> torch.Tensor:
-        """`[H, D]` fp32."""
-        return (self.total / self.count).float()
 
 
 def allocate_widths(variance: torch.Tensor, bits: int, spread: int = 1) -> torch.Tensor:
@@ -82,25 +76,24 @@ def mix_equal_widths(rotation: torch.Tensor, widths: torch.Tensor, seed: int) ->
     return mixed
 
 
-def fit_side(moments: Moments, mean: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+def fit_side(moments: Moments, bits: int) -> dict[str, torch.Tensor]:
     """Codec tensors of the keys or the values of a layer.
 
     Args:
-        moments: Of vectors from which `mean [H, D]` still has to be taken (zeros where it was).
         bits: Mean width.
 
     Returns:
         `rotation [H, D, D]`, `std [H, D]`, `widths [H, D]`, `levels [H, 9, n]`; see `artifact.py`.
     """
-    heads, dim = mean.shape
-    mean = mean.cpu()
-    centred = moments.second.cpu() / moments.count - mean.double()[:, :, None] * mean.double()[:, None]
-    _, vectors = torch.linalg.eigh(centred)
+    # About zero, not about the mean: the tokens a model leans on most have values near zero, and coding what sets
+    # them apart from a mean would take their precision away.
+    _, vectors = torch.linalg.eigh(moments.second.cpu() / moments.count)
+    heads, dim = vectors.shape[:2]
     # Largest first; the sign is arbitrary and fixed so that equal statistics give equal files.
     rotation = vectors.flip(-1).transpose(1, 2)
     rotation = rotation * rotation.gather(2, rotation.abs().argmax(-1, keepdim=True)).sign()
     rotation = rotation.float().contiguous()
-    x = torch.cat(moments.samples, 1).float() - mean[:, None]
+    x = torch.cat(moments.samples, 1).float()
     x = x / (x.square().sum(-1) / dim).sqrt().clamp_min(1e-30)[..., None]  # as the codec's gain will
     widths, levels = torch.zeros(heads, dim, dtype=torch.uint8), torch.zeros(heads, 9, 2 ** (bits + 1))
     std = torch.zeros(heads, dim)

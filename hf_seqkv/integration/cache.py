@@ -129,12 +129,10 @@ class SeqKVCache(capture.Listener, DynamicCache):
     def centers_keys(self) -> bool:
         return self.seqkv_config.method == "calibrated" or bool(self.seqkv_config.center_keys)
 
-    def initial_mean(self, index: int, batch: int, heads: int, dim: int, device) -> torch.Tensor | None:
-        """Constant key part of a layer before its first page, `[B, H, D]`; None where none is removed."""
+    def initial_mean(self, batch: int, heads: int, dim: int, device) -> torch.Tensor | None:
+        """Constant key part before a row's first page, `[B, H, D]`; None where none is removed."""
         if not self.centers_keys:
             return None
-        if self.calibration is not None:
-            return self.calibration.key_mean(index).to(device).expand(batch, -1, -1).clone()
         return torch.zeros(batch, heads, dim, device=device)
 
     def table(self, index: int, noted: capture.Noted | None = None) -> PositionTable | None:

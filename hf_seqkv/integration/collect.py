@@ -1,7 +1,7 @@
 """Calibrate: run a model over texts, gather statistics of its keys and values, fit a `SeqKVCalibration`.
 
-Two passes over the same windows: the first finds the constant part of the keys before RoPE (and the moments of the
-values), the second the moments of what is left of the keys. Nothing but running sums and a small sample is kept.
+One pass over windows of text; keys are centred as a cache centres them, by the mean of the window's first page before
+RoPE. Nothing but running sums and a small sample is kept.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def calibrate(
             raise ConfigError(f"{side}_bits={count!r} is not one of 2, 3, 4, 5")
     config = model.config.get_text_config(decoder=True)
     probe = SeqKVCache(config=config, method="turboquant")  # refuses what cannot be coded
+    page = probe.seqkv_config.page_size
     coded = [layer.index for layer in probe._coded()]
     if len(coded) != config.num_hidden_layers:
         raise UnsupportedModelError(
@@ -113,39 +114,25 @@ def calibrate(
         )
     windows = token_windows(tokenizer, texts, tokens, window, seed)
     keep = -(-SAMPLES // len(windows))
-    plain: dict[int, Moments] = {}
     sides: dict[tuple[int, str], Moments] = {}
     layouts: dict[int, list] = {}
 
-    def first_pass(index, k, v, noted):
+    def visit(index, k, v, noted):
         layouts[index] = [noted.layout.half, noted.layout.interleaved] if noted.layout else [0, False]
-        for table, key, x, sample in (
-            (plain, index, _plain_keys(k, noted), 0),
-            (sides, (index, "value"), v, keep),
-        ):
-            if key not in table:
-                table[key] = Moments(x.shape[1], x.shape[3], SAMPLES, x.device)
-            table[key].add(x[0, :, SINKS:], sample)
+        for side, x in zip(SIDES, (_centred(k.float(), noted, page), v), strict=True):
+            if (index, side) not in sides:
+                sides[index, side] = Moments(x.shape[1], x.shape[3], SAMPLES, x.device)
+            sides[index, side].add(x[0, :, SINKS:], keep)
 
-    def second_pass(index, k, v, noted):
-        if (index, "key") not in sides:
-            sides[index, "key"] = Moments(k.shape[1], k.shape[3], SAMPLES, k.device)
-        constant = _turned(plain[index].mean().to(k.device), k, noted)
-        sides[index, "key"].add((k.float() - constant)[0, :, SINKS:], keep)
-
-    for label, visit in (("means", first_pass), ("covariances", second_pass)):
-        for ids in tqdm(windows, desc=f"calibrate: {label}", unit="window", disable=not progress):
-            cache = _TapCache(config, coded, visit)
-            capture.attach(model, cache)
-            model(ids[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+    for ids in tqdm(windows, desc="calibrate: run", unit="window", disable=not progress):
+        cache = _TapCache(config, coded, visit)
+        capture.attach(model, cache)
+        model(ids[None].to(model.device), past_key_values=cache, logits_to_keep=1)
     tensors = {}
     for index in tqdm(coded, desc="calibrate: fit", unit="layer", disable=not progress):
         for side in SIDES:
-            moments = sides[index, side]
-            mean = moments.mean() if side == "value" else torch.zeros_like(moments.mean())
-            fitted = fit_side(moments, mean, bits[side])
-            fitted["mean"] = plain[index].mean() if side == "key" else mean
-            tensors |= {f"{index}.{side}.{name}": x.cpu().contiguous() for name, x in fitted.items()}
+            fitted = fit_side(sides[index, side], bits[side])
+            tensors |= {f"{index}.{side}.{name}": x.contiguous() for name, x in fitted.items()}
     description = {
         "format_version": FORMAT_VERSION,
         "model": model_facts(config),
@@ -162,17 +149,12 @@ def calibrate(
     return SeqKVCalibration(tensors, description, f"calibration of {config.model_type}")
 
 
-def _plain_keys(k: torch.Tensor, noted: capture.Noted) -> torch.Tensor:
-    """Keys before RoPE, `[B, H, T, D]` fp32."""
+def _centred(k: torch.Tensor, noted: capture.Noted, page: int) -> torch.Tensor:
+    """Keys without their constant part, the mean of the first page before RoPE; `[B, H, T, D]` fp32."""
+    first = k[:, :, SINKS : SINKS + page]
     rows = noted.rows()
     if rows is None:
-        return k.float()
-    return rotate(k.float(), rows[:, None].to(k.device), noted.layout.interleaved, inverse=True)
-
-
-def _turned(mean: torch.Tensor, k: torch.Tensor, noted: capture.Noted) -> torch.Tensor:
-    """A constant key at every position, `[B, H, T, D]` fp32."""
-    rows = noted.rows()
-    if rows is None:
-        return mean[None, :, None]
-    return rotate(mean[None, :, None], rows[:, None].to(k.device), noted.layout.interleaved)
+        return k - first.mean(2, keepdim=True)
+    rows, interleaved = rows[:, None].to(k.device), noted.layout.interleaved
+    mean = rotate(first, rows[:, :, SINKS : SINKS + page], interleaved, inverse=True).mean(2, keepdim=True)
+    return k - rotate(mean, rows, interleaved)

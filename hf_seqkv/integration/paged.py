@@ -67,7 +67,7 @@ class PagedTokens:
         self.recent_k = key_states.new_empty(batch, heads, 0, key_dim)
         self.recent_v = key_states.new_empty(batch, heads, 0, value_dim)
         self.start, self.counts, self.kept = [0] * batch, [0] * batch, [0] * batch
-        self.mean = self.cache.initial_mean(self.index, batch, heads, key_dim, self.device)
+        self.mean = self.cache.initial_mean(batch, heads, key_dim, self.device)
 
     def _appended(self, key_states, value_states):
         """Dense tokens with the new ones behind them, `[B, H, n, D]`; in place where the buffers have room."""
@@ -148,7 +148,7 @@ class PagedTokens:
         table = self.cache.table(self.index)
         if table is not None:
             starts = torch.stack([table.fix(row, first, last, slot) for row in rows])
-            if first == 0 and self.cache.calibration is None:
+            if first == 0:
                 self._measure_mean(rows, pick, k, table, slot)
         skip = max(first, self.dropped)
         for at in range(skip, last, ENCODE_PAGES):
