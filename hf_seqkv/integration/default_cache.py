@@ -7,7 +7,7 @@ import warnings
 
 from ..config import SeqKVConfig
 from ..errors import SeqKVWarning, UnsupportedModelError
-from .generate import NAME, _owner, install
+from .generate import NAME, install, owner_of
 
 METHOD = "_prepare_cache_for_generation"
 
@@ -26,7 +26,7 @@ def use_by_default(**options) -> None:
     """
     SeqKVConfig.from_dict(options)
     install()
-    owner = _owner(METHOD)
+    owner = owner_of(METHOD)
     setattr(owner, METHOD, _with_default(vars(owner)[METHOD], options))
 
 

@@ -28,13 +28,13 @@ def install() -> None:
     allow_name()
     wrap_attention()
     for name, wrap in _PATCHES.items():
-        owner = _owner(name)
+        owner = owner_of(name)
         original = vars(owner)[name]
         if not hasattr(original, "seqkv_original"):
             setattr(owner, name, wrap(original))
 
 
-def _owner(name: str) -> type:
+def owner_of(name: str) -> type:
     """The class that defines a method of `GenerationMixin`."""
     for base in GenerationMixin.__mro__:
         if name in vars(base):
@@ -52,7 +52,7 @@ def uninstall() -> None:
     unwrap_attention()
     capture.detach_all()
     for name in _PATCHES:
-        owner = _owner(name)
+        owner = owner_of(name)
         if hasattr(vars(owner)[name], "seqkv_original"):
             setattr(owner, name, vars(owner)[name].seqkv_original)
 

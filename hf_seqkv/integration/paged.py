@@ -149,7 +149,7 @@ class PagedTokens:
         if table is not None:
             starts = torch.stack([table.fix(row, first, last, slot) for row in rows])
             if first == 0:
-                self._measure_mean(rows, pick, k, table, slot)
+                self._measure_mean([row for row in rows if not self.kept[row]], k, table, slot)
         skip = max(first, self.dropped)
         for at in range(skip, last, ENCODE_PAGES):
             until = min(at + ENCODE_PAGES, last)
@@ -168,17 +168,17 @@ class PagedTokens:
         for row in rows:
             self.counts[row], self.kept[row] = last, 0
 
-    def _measure_mean(self, rows, pick, k, table, slot: int) -> None:
+    def _measure_mean(self, rows: list[int], k, table, slot: int) -> None:
         """Constant part of the keys: the mean over the row's first page, before RoPE.
 
         Only the row's own first tokens enter, so its codes do not depend on anything else.
         """
-        if any(self.kept[row] for row in rows):
+        if not rows:
             return
         at, size = slot - self.base, self.config.page_size
         angles = torch.stack([table.tokens(row, slot, size) for row in rows])[:, None]
-        plain = rotate(k[pick, :, at : at + size].float(), angles, table.interleaved, inverse=True)
-        self.mean[pick] = plain.mean(2)
+        plain = rotate(k[rows, :, at : at + size].float(), angles, table.interleaved, inverse=True)
+        self.mean[rows] = plain.mean(2)
 
     def _reserve(self, pages: int) -> None:
         """Room for pages up to `pages`. Growth by a sixty-fourth: copying stays O(1) a page, the slack small."""
