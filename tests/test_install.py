@@ -80,6 +80,8 @@ def test_conflicts_and_wrong_models_are_said():
     own = SeqKVCache(config=model.config, **LOSSLESS)
     model.generate(ids, past_key_values=own, **{k: v for k, v in options.items() if k != "cache_implementation"})
     assert own.get_seq_length() == 46
+    with pytest.raises(ConfigError, match="must be a dict"):
+        model.generate(ids, cache_config=["key_bits"], **options)
     with pytest.raises(ConfigError, match="key_bit"):
         model.generate(ids, cache_config={"key_bit": 4}, **options)
     encoder_decoder = T5ForConditionalGeneration(

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 
-from ..errors import SeqKVWarning, UnsupportedModelError
+from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
 from . import capture
 from .attention import unwrap_attention, wrap_attention
 from .cache import SeqKVCache
@@ -93,6 +93,8 @@ def _swap(model, generation_config, model_kwargs) -> None:
     options = generation_config.cache_config
     if options is None:
         options = getattr(generation_config, NAME, None) or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"cache_config must be a dict of SeqKVConfig fields, not a {type(options).__name__}")
     cache = SeqKVCache(config=model.config.get_text_config(decoder=True), **options)
     if generation_config.is_assistant:
         cache.activate_past_recording()
