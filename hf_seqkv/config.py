@@ -11,7 +11,7 @@ from typing import Any
 from .errors import ConfigError
 
 BITS = (2, 3, 4, 5, 6, 8)
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 CHOICES = {
     "method": ("dense", "turboquant", "calibrated"),
     "backend": BACKENDS,
@@ -43,7 +43,7 @@ class SeqKVConfig:
         page_size: Tokens a page; a multiple of 8.
         n_sink: First tokens of every row kept dense.
         residual_length: Least number of last tokens kept dense; up to `page_size` more wait for their page.
-        backend: `"auto"`, `"reference"` (torch) or `"cpu"` (numba). `HF_SEQKV_BACKEND` overrides `"auto"`.
+        backend: `"auto"`, `"reference"` (torch), `"cpu"` (numba) or `"triton"`. `HF_SEQKV_BACKEND` overrides `"auto"`.
         key_bits, value_bits: Bits a code: 2, 3, 4, 5, 6 or 8 (data-free method only, as all that follow).
         rotation: `"hadamard"` with random signs (head dims that are a power of two, else `"orthogonal"`), or
             `"orthogonal"`, the QR factor of a Gaussian matrix, as published.

@@ -14,7 +14,7 @@ import sys
 from .. import __version__
 from ..errors import SeqKVError
 
-VERBS = ("calibrate", "demo", "run")
+VERBS = ("bench", "calibrate", "demo", "inspect", "run")
 
 
 def _parser() -> argparse.ArgumentParser:

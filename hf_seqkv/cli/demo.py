@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,7 +12,6 @@ from ..errors import ConfigError
 from .options import add_option_argument, chosen_options
 
 QUALITY_CONTEXT = 1024  # tokens before the first scored one
-PACKAGES = ("torch", "transformers", "numba", "numpy")
 
 
 def add_parser(subparsers) -> None:
@@ -67,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace, options: dict) -> dict:
+    from ..eval import environment
     from ..eval.measure import Run, measure_in_process
 
     runs = {}
@@ -79,8 +78,8 @@ def _compare(args: argparse.Namespace, options: dict) -> dict:
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), args.new_tokens)
     return {
         "command": args.command,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {"cpu": environment.cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": {"python": platform.python_version(), **environment.versions()},
         "runs": runs,
         "same_tokens": same,
         "bytes_ratio": runs["dynamic"]["cache"]["bytes"] / runs["seqkv"]["cache"]["bytes"],
@@ -102,24 +101,3 @@ def _quality(args: argparse.Namespace, options: dict) -> dict:
     caches = {"dense": DynamicCache(config=model.config), "seqkv": SeqKVCache(config=model.config, **options)}
     dense, coded = (teacher_forced_logits(model, ids, cache, QUALITY_CONTEXT, label) for label, cache in caches.items())
     return compare(dense, coded, ids[0, QUALITY_CONTEXT:]).to_dict()
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    from .. import __version__
-
-    found = {"hf_seqkv": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -7,7 +7,7 @@ Payload of a quantised page (every section padded with zeros to 16 bytes; number
 | section      | bytes                        | content                                               |
 |--------------|------------------------------|-------------------------------------------------------|
 | key codes    | sum of widths x P / 8        | head by head, component by component, `packing.pack`  |
-| key scales   | heads x P x 2                | bf16, `[H, P]`                                        |
+| key scales   | heads x P x 2                | bf16, `[H, P]`; infinite for a token held elsewhere   |
 | value codes  | sum of widths x P / 8        | as key codes                                          |
 | value scales | heads x P x 2                | bf16, `[H, P]`                                        |
 
@@ -58,6 +58,10 @@ class PageCodec:
         """Bytes of one section of `pages [..., page_bytes]`, a view."""
         at, size = self.sections[name]
         return pages[..., at : at + size]
+
+    def absent(self, pages: torch.Tensor) -> torch.Tensor:
+        """Tokens that `pages [..., page_bytes]` do not answer for, `[..., H, P]` bool."""
+        return torch.zeros(*pages.shape[:-1], self.heads, self.page_size, dtype=torch.bool, device=pages.device)
 
     def _assemble(self, **parts: torch.Tensor) -> torch.Tensor:
         first = next(iter(parts.values()))
@@ -188,6 +192,22 @@ class QuantizedPageCodec(PageCodec):
         """Reconstructions `[..., H, P, Dk]` and `[..., H, P, Dv]`, fp32."""
         key_codes, key_scales, value_codes, value_scales = self.unpack(pages)
         return self.key.decode(key_codes, key_scales), self.value.decode(value_codes, value_scales)
+
+    def absent(self, pages: torch.Tensor) -> torch.Tensor:
+        """As `PageCodec.absent`: what `vacate` took out."""
+        scales = self.section(pages, "key_scales").contiguous().view(torch.bfloat16)
+        return torch.isinf(scales).unflatten(-1, (self.heads, self.page_size))
+
+    def vacate(self, pages: torch.Tensor, where: torch.Tensor) -> None:
+        """Take tokens out of pages, in place: a key scale of infinity says that a token is held elsewhere.
+
+        Args:
+            pages: `[..., page_bytes]` uint8, contiguous.
+            where: `[..., P]` bool, True for tokens to take out.
+        """
+        at, size = self.sections["key_scales"]
+        scales = pages.view(torch.bfloat16)[..., at // 2 : (at + size) // 2].unflatten(-1, (self.heads, self.page_size))
+        scales.masked_fill_(where[..., None, :], torch.inf)
 
     def splice(self, old: torch.Tensor, new: torch.Tensor, keep: int) -> torch.Tensor:
         """Page of the first `keep` tokens of `old` and the rest of `new`, codes untouched."""

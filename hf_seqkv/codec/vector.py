@@ -140,14 +140,15 @@ class VectorCodec:
         return codes.unflatten(-2, (self.heads, self.dim))
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Codes `[..., H, D, P]` and scales `[..., H, P]` to fp32 vectors `[..., H, P, D]`."""
+        """Codes `[..., H, D, P]` and scales `[..., H, P]` to fp32 vectors `[..., H, P, D]`; infinite scales count as 0."""
         flat = codes.flatten(-3, -2).movedim(-2, 0)
         y = torch.zeros(flat.shape, dtype=torch.float32, device=codes.device)
         for width, rows, _ in self._groups:
             rows = rows.to(codes.device)
             y[rows] = _levels(self._table(rows, width), flat[rows])
         y = y.movedim(0, -2).reshape(codes.shape).transpose(-1, -2)
-        return (y * scales.float()[..., None]) @ self.decode_matrix + self.mean[:, None]
+        scales = scales.float().masked_fill(torch.isinf(scales), 0)
+        return (y * scales[..., None]) @ self.decode_matrix + self.mean[:, None]
 
 
 def _levels(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
             raise ConfigError("SeqKVCache needs the model's config: SeqKVCache(config=model.config)")
         self.seqkv_config = SeqKVConfig.from_dict(options)
         self.model_config = config
+        self.expected_length = 0  # tokens the sequence will grow to, where known: `generate` says so
         text_config = config.get_text_config(decoder=True)
         self._refuse_unsupported(text_config)
         DynamicCache.__init__(self, config=config)

@@ -63,6 +63,7 @@ def _prepare(original):
         given = model_kwargs.get("past_key_values")
         if isinstance(given, SeqKVCache):
             wrap_attention()
+            given.expected_length = generation_config.max_length or 0
             given.bind(self)
         if generation_config.cache_implementation != NAME:
             return original(self, generation_config, model_kwargs, *args, **kwargs)
@@ -96,6 +97,7 @@ def _swap(model, generation_config, model_kwargs) -> None:
     if not isinstance(options, dict):
         raise ConfigError(f"cache_config must be a dict of SeqKVConfig fields, not a {type(options).__name__}")
     cache = SeqKVCache(config=model.config.get_text_config(decoder=True), **options)
+    cache.expected_length = generation_config.max_length or 0
     if generation_config.is_assistant:
         cache.activate_past_recording()
     wrap_attention()  # another library may have registered its own since

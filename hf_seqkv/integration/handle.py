@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.utils._pytree import tree_map
 
+from ..kernels import ops
 from ..kernels.interface import LayerView, select_backend
 
 
@@ -30,7 +31,10 @@ class Handle(torch.Tensor):
 
     def attend(self, query, mask, scoring) -> torch.Tensor:
         """Attention over the codes, `[B, Tq, Hq, Dv]`; see `kernels.reference.attend_codes`."""
-        return select_backend(self.backend, self.view_.codec, self.device)(query, self.view_, mask, scoring)
+        if torch.compiler.is_compiling():
+            return ops.attend_codes(query, *ops.flatten(self.view_, mask, scoring), self.backend)
+        backend = select_backend(self.backend, self.view_.codec, self.device)
+        return backend.attend_codes(query, self.view_, mask, scoring)
 
     def materialize(self) -> torch.Tensor:
         """The dense tensor, zeros where a row holds nothing (its padding)."""

@@ -48,6 +48,7 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         self._allocate(key_states, value_states)
         self.is_initialized = True
 
+    @torch.compiler.disable(reason="the cache's bookkeeping is Python")
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens and return what the model attends to.
 

@@ -15,7 +15,7 @@ import torch
 from ..codec.center import Center, rotate
 from ..config import SeqKVConfig
 from ..errors import NonFiniteError
-from ..kernels.interface import DenseRun, LayerView
+from ..kernels.interface import DenseRun, LayerView, select_backend
 
 ENCODE_PAGES = 64  # pages encoded at once: bounds the temporaries of a long prefill
 
@@ -144,6 +144,7 @@ class PagedTokens:
 
     def _encode(self, rows, pick, k, v, first: int, due: int, slot: int) -> None:
         size, last = self.config.page_size, first + due
+        backend = select_backend(self.config.backend, self.codec, self.device)
         self._reserve(last)
         table = self.cache.table(self.index)
         if table is not None:
@@ -156,11 +157,11 @@ class PagedTokens:
             begin = slot - self.base + (at - first) * size
             span = slice(begin, begin + (until - at) * size)
             keys, values = (x[pick, :, span].unflatten(2, (-1, size)).transpose(1, 2) for x in (k, v))
+            center = None
             if table is not None:
                 begins = starts[:, at - first : until - first]
                 center = Center(self.mean[pick], begins, table.relative, table.interleaved)
-                keys = keys.float() - center.keys(0, until - at)
-            pages = self.codec.encode(keys, values)
+            pages = backend.encode_pages(self.codec, keys, values, center)
             for i, row in enumerate(rows):
                 if at == first and self.kept[row]:
                     pages[i, 0] = self.codec.splice(self.pages[row, at - self.dropped], pages[i, 0], self.kept[row])
@@ -181,14 +182,19 @@ class PagedTokens:
         self.mean[rows] = plain.mean(2)
 
     def _reserve(self, pages: int) -> None:
-        """Room for pages up to `pages`. Growth by a sixty-fourth: copying stays O(1) a page, the slack small."""
-        need = pages - self.dropped
-        if need > self.pages.shape[1]:
-            held = self.pages.shape[1]
-            room = need + (need // 64 if held else 0)
-            grown = self.pages.new_empty(self.pages.shape[0], room, self.codec.page_bytes)
-            grown[:, :held] = self.pages
-            self.pages = grown
+        """Room for pages up to `pages`: doubled, but not beyond what the sequence is expected to need.
+
+        Between growths pages stay where they are in memory. A first prefill gets no more than is expected of it.
+        """
+        need, held = pages - self.dropped, self.pages.shape[1]
+        if need <= held:
+            return
+        tokens = self.cache.expected_length - self.config.n_sink - self.config.residual_length
+        expected = tokens // self.config.page_size - self.dropped
+        room = min(2 * need, expected) if need <= expected else 2 * need if held else need
+        grown = self.pages.new_empty(self.pages.shape[0], room, self.codec.page_bytes)
+        grown[:, :held] = self.pages
+        self.pages = grown
 
     def _drop(self, counts: list[int]) -> None:
         """Forget pages of a sliding layer, `counts` of each row, that no query to come can see.

@@ -4,9 +4,9 @@ A layer's cache is `[ sinks | pages | recent ]` for every row. A *slot* counts t
 included; a row's own tokens begin at its first real one, and everything of a row is aligned to that, so that its pages
 do not depend on its neighbours or its padding.
 
-`attend_codes(query, view, ...)` returns `softmax(scaling * q . k^T + mask) v` over the three parts of `view`, where
-keys and values of pages are what `view.codec.decode` gives plus the constant part of the keys. `reference.py` is the
-specification. The others agree with it to 2e-5 of the largest output in fp32.
+`attend_codes(query, view, ...)` returns `softmax(scaling * q . k^T + mask) v` over the parts of `view`, where keys
+and values of pages are what `view.codec.decode` gives plus the constant part of the keys. `reference.py` is the
+specification; each backend's file says how closely it agrees.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ..codec.center import Center
 from ..codec.page import PageCodec, QuantizedPageCodec
+from ..config import BACKENDS
 from ..errors import BackendError, SeqKVWarning
 
 
@@ -39,6 +41,22 @@ class DenseRun:
 
 
 @dataclass(frozen=True)
+class SideTable:
+    """Tokens of pages that are held dense because much depends on them: token `j` of row `b` has slot `slots[b, j]`.
+
+    In its page such a token has a key scale of infinity, which takes it out of the page's softmax.
+
+    Args:
+        k, v: `[B, H, S, Dk]` and `[B, H, S, Dv]`, any float dtype.
+        slots: `[B, S]` int64; -1 for an entry that holds nothing.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerView:
     """Snapshot of one layer's cache: what a step attends to. Nothing in it is copied.
 
@@ -51,6 +69,7 @@ class LayerView:
         center: Constant part of the keys of pages, or None.
         length: Slots seen, the new tokens included. Query `i` of `Tq` has slot `length - Tq + i`.
         offset: Slot of the mask's first column.
+        side: Tokens taken out of pages, or None.
     """
 
     codec: PageCodec
@@ -62,6 +81,7 @@ class LayerView:
     center: Center | None
     length: int
     offset: int
+    side: SideTable | None = None
 
 
 @dataclass(frozen=True)
@@ -83,16 +103,51 @@ class Scoring:
     sink_logits: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What computes on codes.
+
+    Args:
+        name: As in `SeqKVConfig.backend`.
+        attend_codes: As `reference.attend_codes`.
+        encode_pages: As `reference.encode_pages`.
+    """
+
+    name: str
+    attend_codes: Callable
+    encode_pages: Callable
+
+
 @functools.cache
-def _numba_missing() -> str | None:
-    """Why the numba kernel cannot run here, or None."""
+def _backend(name: str) -> Backend | str:
+    """A backend, or why it cannot be imported here."""
     threads = torch.get_num_threads()
     try:
-        from . import cpu  # noqa: F401
+        if name == "cpu":
+            from .cpu import attend_codes, encode_pages
+        elif name == "triton":
+            from .triton_attend import attend_codes
+            from .triton_pages import encode_pages
+        else:
+            from .reference import attend_codes, encode_pages
     except ImportError as error:
-        return str(error)
+        package = {"cpu": "numba", "triton": "triton"}[name]
+        return f"{package} cannot be imported ({error}): pip install {package}"
     finally:
         torch.set_num_threads(threads)  # numba's OpenMP pool may reset torch's count as it starts
+    return Backend(name, attend_codes, encode_pages)
+
+
+def _obstacle(name: str, codec: PageCodec, device: torch.device) -> str | None:
+    """Why a compiled backend cannot read these pages, or None."""
+    if (device.type == "cpu") != (name == "cpu"):
+        return f"it cannot read pages on {device}"
+    if isinstance(_backend(name), str):
+        return _backend(name)
+    if name == "triton":
+        from .triton_attend import supports
+
+        return supports(codec)
     return None
 
 
@@ -101,32 +156,26 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, SeqKVWarning, stacklevel=3)
 
 
-def select_backend(name: str, codec: PageCodec, device: torch.device):
-    """The `attend_codes` function of a backend.
+def select_backend(name: str, codec: PageCodec, device: torch.device) -> Backend:
+    """The backend for a codec's pages on a device.
 
-    `"auto"` is the compiled kernel for quantised pages on a CPU, else torch; `HF_SEQKV_BACKEND` overrides it.
+    `"auto"` is a compiled kernel for quantised pages, numba's on a CPU and Triton's elsewhere; it is torch where that
+    cannot be had, and says why once. `HF_SEQKV_BACKEND` overrides it.
 
     Raises:
-        BackendError: The backend named cannot run for this device or here.
+        BackendError: The backend named cannot run for this codec, for this device or here.
     """
-    from .reference import attend_codes as reference
-
     name = (os.environ.get("HF_SEQKV_BACKEND") or "auto") if name == "auto" else name
-    if name not in ("auto", "reference", "cpu"):
-        raise BackendError(f"backend {name!r} is not one of 'auto', 'reference', 'cpu' (see HF_SEQKV_BACKEND)")
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r} is not one of {', '.join(map(repr, BACKENDS))} (see HF_SEQKV_BACKEND)")
     # Dense pages hold plain tensors: torch's own matmul is the fast path for them.
-    if name == "reference" or not isinstance(codec, QuantizedPageCodec):
-        return reference
-    if device.type != "cpu":
-        if name == "cpu":
-            raise BackendError(f"backend 'cpu' cannot read pages on {device}; use 'auto' or 'reference'")
-        return reference
-    missing = _numba_missing()
-    if missing is None:
-        from .cpu import attend_codes
-
-        return attend_codes
-    if name == "cpu":
-        raise BackendError(f"backend 'cpu' needs numba ({missing}): pip install numba, or use backend='reference'")
-    _warn_once(f"numba cannot be imported ({missing}); attention uses the slower torch backend. pip install numba")
-    return reference
+    wanted = "reference" if not isinstance(codec, QuantizedPageCodec) else name
+    if wanted == "auto":
+        wanted = "cpu" if device.type == "cpu" else "triton"
+    why = None if wanted == "reference" else _obstacle(wanted, codec, device)
+    if why is None:
+        return _backend(wanted)
+    if name != "auto":
+        raise BackendError(f"backend {name!r}: {why}; use 'auto' or 'reference'")
+    _warn_once(f"the {wanted} kernel is not used: {why}. Attention uses the slower torch backend")
+    return _backend("reference")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ..codec.center import Center
+from ..codec.page import PageCodec
 from .interface import LayerView, Scoring
 
 RUN = 1024  # tokens decoded at once
@@ -31,6 +33,15 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         for row in range(query.shape[0]):
             k, v = (x[row, :, run.begin[row] :].float() for x in (run.k, run.v))
             softmax.add(row, k, v, run.slots[row] + token[run.begin[row] :])
+    if view.side is not None:
+        for row in range(query.shape[0]):
+            held = view.side.slots[row] >= 0
+            k, v = (x[row, :, held].float() for x in (view.side.k, view.side.v))
+            softmax.add(row, k, v, view.side.slots[row][held])
+
+    def absent(row, first, count):  # [H, count * P]
+        return codec.absent(view.pages[row, first : first + count]).transpose(0, 1).flatten(1)
+
     codec, step = view.codec, max(1, RUN // view.codec.page_size)
     for first in range(0, max(view.counts, default=0), step):
         last = min(first + step, max(view.counts))
@@ -41,8 +52,23 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
             valid = max(0, min(last, view.counts[row]) - first)
             slots = view.page_slots[row] + first * codec.page_size + torch.arange(valid * codec.page_size)
             pages = (x[row, :valid].transpose(0, 1).flatten(1, 2) for x in (k, v))
-            softmax.add(row, *pages, slots)
+            softmax.add(row, *pages, slots, absent(row, first, valid))
     return softmax.result().to(query.dtype)
+
+
+def encode_pages(codec: PageCodec, k: torch.Tensor, v: torch.Tensor, center: Center | None) -> torch.Tensor:
+    """Pages of dense tokens, the constant part taken from the keys.
+
+    Args:
+        k, v: Finite keys `[B, N, H, P, Dk]` and values `[B, N, H, P, Dv]` of `N` pages a row.
+        center: Constant part of the keys, with the starts of these pages; None where keys have none.
+
+    Returns:
+        `[B, N, page_bytes]` uint8.
+    """
+    if center is not None:
+        k = k.float() - center.keys(0, k.shape[1])
+    return codec.encode(k, v)
 
 
 class OnlineSoftmax:
@@ -61,8 +87,8 @@ class OnlineSoftmax:
             self.top = logits.expand_as(self.top).clone()
             self.total = torch.ones_like(self.top)
 
-    def add(self, row: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-        """Let row `row` see tokens `k, v [H, T, D]` at `slots [T]`."""
+    def add(self, row: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, absent=None) -> None:
+        """Let row `row` see tokens `k, v [H, T, D]` at `slots [T]`, but those `absent [H, T]`."""
         if not len(slots):
             return
         view, scoring = self.view, self.scoring
@@ -82,6 +108,8 @@ class OnlineSoftmax:
             mask = mask.reshape(self.query.shape[1:3] + mask.shape[1:]) if mask.shape[0] > 1 else mask[None]
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
         scores = scores.masked_fill(~keep, -torch.inf)
+        if absent is not None:
+            scores = scores.masked_fill(absent[:, None, None], -torch.inf)
         top = torch.maximum(self.top[row], scores.amax(-1))
         finite = top.masked_fill(top == -torch.inf, 0)
         probs = (scores - finite[..., None]).exp()

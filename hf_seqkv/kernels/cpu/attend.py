@@ -1,0 +1,159 @@
+"""`attend_codes` for quantised pages on a CPU, compiled by numba.
+
+The work is in `attend_worker.py`, `paged.py` and `dense.py`; here a call is written down as one record of addresses and
+counts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import numpy as np
+import torch
+
+from ..interface import LayerView, Scoring
+from . import attend_worker as worker
+from . import paged, threads
+from .call import CALL, DENSE, SPLIT
+from .simd import ROWS
+
+_TEMPLATES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class _Call(ctypes.Structure):
+    """`call.CALL` for Python: setting a field is several times quicker than in a numpy record."""
+
+    _fields_ = [(name, ctypes.c_int64 if CALL[name] == np.int64 else ctypes.c_float) for name in CALL.names]
+
+
+def path() -> str:
+    """How this processor multiplies: the name of the compiled path."""
+    return paged.path.NAME
+
+
+def tolerance() -> float:
+    """Largest difference from the reference, as a part of the largest output.
+
+    In 16-bit integers it is typically 2e-4 and grows with the scores: 1e-3 holds as long as these stay below some tens.
+    4-bit codes themselves are off by 1e-1.
+    """
+    return 2e-5 if paged.path.OPERAND is np.float32 else 1e-3
+
+
+def _matrix(matrix: torch.Tensor) -> np.ndarray:
+    """Matrices `[H, D, E]` with rows padded to 32 columns."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[2] % 32)).contiguous().numpy()
+
+
+class _Template:
+    """What every call with a codec has in common: fields of the record, and the arrays they point to."""
+
+    def __init__(self, codec):
+        call = _Call(heads=codec.heads, size=codec.page_size, page_bytes=codec.page_bytes)
+        self.held = []
+        for name, side in (("key", codec.key), ("value", codec.value)):
+            widths = side.widths.contiguous().numpy()
+            levels = side.levels.expand(side.heads, -1, -1).contiguous().numpy()
+            arrays = dict(zip(("levels", "units"), paged.path.make_levels(levels, widths), strict=True))
+            # Queries are multiplied by the transposed decode matrix, outputs by the matrix itself.
+            matrix = side.decode_matrix.transpose(1, 2) if name == "key" else side.decode_matrix
+            arrays |= {"matrix": _matrix(matrix), "widths": widths, "offsets": side.offsets.contiguous().numpy()}
+            arrays["mean"] = side.mean.contiguous().numpy()
+            for field, array in arrays.items():
+                setattr(call, f"{name}_{field}", array.ctypes.data)
+            setattr(call, f"{name}_dim", side.dim)
+            setattr(call, f"{name}_codes", codec.sections[f"{name}_codes"][0])
+            setattr(call, f"{name}_scales", codec.sections[f"{name}_scales"][0])
+            self.held.append(arrays)
+        self.fields = bytes(call)
+        self.table = self.tile = self.unit = self.at = None
+
+    def relative(self, table: torch.Tensor) -> tuple[int, float]:
+        """Address of the shared table of turns as a tile of keys, and its unit; made once."""
+        if self.table is not table:
+            self.table, (self.tile, self.unit) = table, paged.path.make_tile(table.T.contiguous().numpy())
+            self.at = self.tile.ctypes.data
+        return self.at, self.unit
+
+
+def _template(codec) -> _Template:
+    if codec not in _TEMPLATES:
+        _TEMPLATES[codec] = _Template(codec)
+    return _TEMPLATES[codec]
+
+
+def _dense(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Tokens `[B, H, S, D]` in a dtype and with rows that the kernel reads, and their strides."""
+    if k.dtype not in (torch.float32, torch.bfloat16):
+        k, v = k.float(), v.float()
+    if k.stride(3) != 1 or v.stride(3) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    return k, v, [*k.stride()[:3], *v.stride()[:3]]
+
+
+def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None, scoring: Scoring) -> torch.Tensor:
+    """As `reference.attend_codes`, for quantised pages on a CPU."""
+    batch, query_heads, steps, dim = query.shape
+    codec, template = view.codec, _template(view.codec)
+    call = _Call.from_buffer_copy(template.fields)
+    rows, pairs = query_heads // codec.heads * steps, batch * codec.heads
+    query32 = query.detach().float().contiguous()
+    out = torch.empty(batch, steps, query_heads, codec.value_dim)
+    splits, blocks = -(-max(view.counts, default=0) // SPLIT), -(-rows // ROWS)
+    parts = pairs * (splits + 1) * rows
+    numbers = torch.empty(parts * (codec.value_dim + 2) + pairs * rows * (2 * dim + 34))
+    at = numbers.data_ptr()
+    call.mixed, call.tops, call.totals = at, at + 4 * parts * codec.value_dim, at + 4 * parts * (codec.value_dim + 1)
+    call.prepared = at + 4 * parts * (codec.value_dim + 2)
+    call.query, call.out, call.batch, call.rows, call.steps = query32.data_ptr(), out.data_ptr(), batch, rows, steps
+    call.splits, call.blocks, call.tasks = splits, blocks, parts // rows * blocks
+    call.pages, call.page_row, call.length, call.offset = (
+        view.pages.data_ptr(), view.pages.stride(0), view.length, view.offset,
+    )  # fmt: skip
+    call.scaling, call.softcap = scoring.scaling, scoring.softcap or 0
+    call.causal, call.window = scoring.causal and mask is None, scoring.window or 0
+
+    # Whole numbers of all kinds go into one array: how far the workers are, rows of the batch, runs of dense tokens.
+    whole, held = [0] * (2 + pairs), []
+    rows_at, run_at = len(whole), len(whole) + 6 * batch
+    whole += [*view.counts, *view.page_slots]
+    whole += [*view.sinks.slots, *view.sinks.begin, *view.recent.slots, *view.recent.begin]
+    for run in (view.sinks, view.recent, *([] if view.side is None else [view.side])):
+        k, v, strides = _dense(run.k, run.v)
+        tokens = [k.data_ptr(), v.data_ptr(), 0, 0, 0, k.shape[2], k.dtype == torch.bfloat16, *strides]
+        whole += tokens
+        held.append((k, v))
+    array = np.array(whole, np.int64)
+    base = array.ctypes.data
+    call.prepare_next, call.attend_next, call.done = base, base + 8, base + 16
+    call.counts, call.page_slots = base + 8 * rows_at, base + 8 * (rows_at + batch)
+    call.dense, call.runs = base + 8 * run_at, len(held)
+    width = len(DENSE.names)
+    for i in range(2):
+        array[run_at + i * width + 2] = base + 8 * (rows_at + (2 + 2 * i) * batch)
+        array[run_at + i * width + 4] = base + 8 * (rows_at + (3 + 2 * i) * batch)
+    if view.side is not None:
+        slots = view.side.slots.contiguous()
+        array[run_at + 2 * width + 2 : run_at + 2 * width + 4] = slots.data_ptr(), 1
+
+    if view.center is not None:
+        center = view.center
+        mean = center.mean.contiguous()
+        starts = center.starts if center.starts.stride(1) == center.starts.shape[2] else center.starts.contiguous()
+        call.constant, call.starts, call.starts_row = mean.data_ptr(), starts.data_ptr(), starts.stride(0)
+        call.relative, call.relative_unit = template.relative(center.relative)
+        call.half, call.interleaved = center.relative.shape[1] // 2, center.interleaved
+    if mask is not None:
+        bias = mask.detach() if mask.dtype == torch.bool else mask.detach().float()
+        bias = bias if bias.stride(3) == 1 else bias.contiguous()
+        strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
+        call.mask, call.mask_kind = bias.data_ptr(), 1 if bias.dtype == torch.bool else 2
+        call.mask_row, call.mask_head, call.mask_step = strides[:3]
+    if scoring.sink_logits is not None:
+        logits = scoring.sink_logits.detach().float().contiguous()
+        call.sink_logits = logits.data_ptr()
+    address = ctypes.addressof(call)
+    threads.run(worker.PREPARE, address, pairs * blocks)
+    threads.run(worker.ATTEND, address, call.tasks)
+    return out.to(query.dtype)

@@ -1,0 +1,101 @@
+"""One call of the CPU attention kernel: the record of everything it works on, and what its parts share."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from .jit import OPTIONS, pointer
+from .simd import add_product
+
+SPLIT = 16  # pages a part of a call takes: fixed, so that results do not depend on the thread count
+
+_SIDE = ("matrix", "offsets", "widths", "levels", "units", "mean", "dim", "codes", "scales")
+# Everything a call works on: addresses of arrays, strides in elements, counts, then the floats.
+CALL = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *(
+                "query",
+                "batch",
+                "heads",
+                "rows",
+                "steps",
+                "size",
+                "splits",
+                "blocks",
+                "tasks",
+                "prepare_next",
+                "attend_next",
+                "done",
+                "prepared",
+            ),
+            *("pages", "page_row", "page_bytes", "counts", "page_slots"),
+            *(f"key_{name}" for name in _SIDE),
+            *(f"value_{name}" for name in _SIDE),
+            *("constant", "starts", "starts_row", "relative", "half", "interleaved"),
+            *("dense", "runs", "mask", "mask_kind", "mask_row", "mask_head", "mask_step", "causal", "window", "offset"),
+            *("length", "sink_logits", "mixed", "tops", "totals", "out"),
+        )
+    ]
+    + [(name, np.float32) for name in ("scaling", "softcap", "relative_unit")]
+)
+# A run of dense tokens, one of `CALL.runs`: addresses, strides in elements, and how many tokens.
+DENSE = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("k", "v", "slots", "each", "begin", "count", "bf16"),
+            *("k_row", "k_head", "k_token", "v_row", "v_head", "v_token"),
+        )
+    ]
+)
+
+
+@njit(**OPTIONS)
+def padded(count, multiple):
+    return -(-count // multiple) * multiple
+
+
+@njit(**OPTIONS)
+def rotated_rows(rows, address, h, dim):
+    """`rows [R, dim]` times a head's matrix `[dim, columns]`."""
+    columns = padded(dim, 32)
+    out = np.zeros((rows.shape[0], columns), np.float32)
+    add_product(rows, address + 4 * h * dim * columns, columns, out, rows.shape[0], dim, columns)
+    return out
+
+
+@njit(**OPTIONS)
+def unlimited(a, slot, count):
+    """Whether `limit` would do nothing to `count` tokens from a slot on, for every query."""
+    plain = a.softcap == 0 and a.mask_kind == 0 and a.window == 0 and slot >= a.offset
+    return plain and (not a.causal or slot + count <= a.length - a.steps + 1)
+
+
+@njit(**OPTIONS)
+def limit(a, row, b, head, step, slot):
+    """Softcap, mask, window and causality of one row of scores; token `j` has slot `slot + j`."""
+    size = row.shape[0]
+    if a.softcap > 0:
+        for j in range(size):
+            row[j] = a.softcap * np.tanh(row[j] / a.softcap)
+    at = b * a.mask_row + head * a.mask_head + step * a.mask_step + slot - a.offset
+    first = max(0, a.offset - slot)
+    if a.mask_kind == 1:
+        seen = carray(pointer(a.mask + at + first), max(0, size - first), np.uint8)
+        for j in range(first, size):
+            row[j] = row[j] if seen[j - first] else -np.inf
+    elif a.mask_kind == 2:
+        added = carray(pointer(a.mask + 4 * (at + first)), max(0, size - first), np.float32)
+        for j in range(first, size):
+            row[j] += added[j - first]
+    here = a.length - a.steps + step
+    if a.window > 0:
+        first = max(first, here - a.window + 1 - slot)
+    last = here + 1 - slot if a.causal else size
+    for j in range(min(first, size)):
+        row[j] = -np.inf
+    for j in range(max(last, 0), size):
+        row[j] = -np.inf

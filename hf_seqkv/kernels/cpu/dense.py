@@ -1,0 +1,134 @@
+"""The dense part of a call, and the merge of all parts."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from .call import DENSE, SPLIT, limit, padded, rotated_rows, unlimited
+from .jit import OPTIONS, pointer
+from .rows import dots, exponentials, maximum
+from .simd import add_product
+
+
+@njit(**OPTIONS)
+def _larger(x, y):
+    """The larger of two numbers, NaN if one is."""
+    return x if x > y or x != x else y
+
+
+@njit(**OPTIONS)
+def _tokens(address, bf16, at, token, count, dim):
+    """`count` dense tokens from element `at`, `token` elements apart, in fp32 and with rows of a multiple of 16.
+
+    Returns their address, the stride of a token, and the memory that holds them where they had to be copied.
+    """
+    if not bf16 and dim % 16 == 0:
+        return address + 4 * at, token, np.empty((0, 0), np.float32)
+    out = np.zeros((count, padded(dim, 16)), np.float32)
+    for t in range(count):
+        if bf16:
+            raw = carray(pointer(address + 2 * (at + t * token)), dim, np.uint16)
+            bits = out[t].view(np.int32)
+            for d in range(dim):
+                bits[d] = np.int32(np.uint32(raw[d]) << np.uint32(16))
+        else:
+            out[t, :dim] = carray(pointer(address + 4 * (at + t * token)), dim, np.float32)
+    return out.ctypes.data, out.shape[1], out
+
+
+@njit(**OPTIONS)
+def _score_run(a, run, query, b, h, row0, first, count, scores):
+    """Scores of a run's tokens from `first` on; what counts for nothing gets minus infinity."""
+    rows, dim = query.shape
+    at = b * run.k_row + h * run.k_head + first * run.k_token
+    keys, stride, _held = _tokens(run.k, run.bf16, at, run.k_token, count, a.key_dim)
+    dots(query.ctypes.data, dim, rows, keys, stride, count, dim, scores.ctypes.data, scores.shape[1])
+    slots = carray(pointer(run.slots + 8 * b * (run.count if run.each else 1)), run.count, np.int64)
+    if not run.each and unlimited(a, slots[0] + first, count):
+        return
+    for r in range(rows):
+        head, step = h * (a.rows // a.steps) + (row0 + r) // a.steps, (row0 + r) % a.steps
+        if run.each:
+            for t in range(count):
+                if slots[t] < 0:
+                    scores[r, t] = -np.inf
+                else:
+                    limit(a, scores[r, t : t + 1], b, head, step, slots[t])
+        else:
+            limit(a, scores[r, :count], b, head, step, slots[0] + first)
+
+
+@njit(**OPTIONS)
+def dense_part(a, query, b, h, row0):
+    """Unnormalised output, maximum and sum over the dense tokens; the output is not rotated here."""
+    rows, dim = query.shape[0], a.value_dim
+    index = ((b * a.heads + h) * (a.splits + 1) + a.splits) * a.rows + row0
+    tops = carray(pointer(a.tops + 4 * index), rows, np.float32)
+    totals = carray(pointer(a.totals + 4 * index), rows, np.float32)
+    mixed, columns = np.zeros((rows, padded(dim, 16)), np.float32), padded(dim, 16)
+    tops[:], totals[:] = -np.inf, 0
+    runs = carray(pointer(a.dense), a.runs, DENSE)
+    for i in range(a.runs):
+        run = runs[i]
+        first = carray(pointer(run.begin), a.batch, np.int64)[b] if run.begin else 0
+        count = run.count - first
+        if count <= 0:
+            continue
+        scores = np.full((rows, padded(count, 16)), np.float32(-np.inf))
+        _score_run(a, run, query, b, h, row0, first, count, scores)
+        at = b * run.v_row + h * run.v_head + first * run.v_token
+        values, stride, _held = _tokens(run.v, run.bf16, at, run.v_token, count, dim)
+        for r in range(rows):
+            row = scores[r].ctypes.data
+            top = _larger(tops[r], maximum(row, scores.shape[1]))
+            if top == -np.inf:
+                scores[r] = 0
+                continue
+            shrink = np.exp(tops[r] - top)
+            totals[r] = totals[r] * shrink + exponentials(row, scores.shape[1], top)
+            tops[r] = top
+            mixed[r] *= shrink
+        add_product(scores, values, stride, mixed, rows, count, columns)
+    carray(pointer(a.mixed + 4 * index * dim), (rows, dim), np.float32)[:] = mixed[:, :dim]
+
+
+@njit(**OPTIONS)
+def merge(a, b, h):
+    """Join the parts of a head in order, rotate the pages' back, normalise, store `out [B, Tq, Hq, Dv]`."""
+    dim, rows, parts = a.value_dim, a.rows, a.splits + 1
+    index = (b * a.heads + h) * parts
+    tops = carray(pointer(a.tops + 4 * index * rows), (parts, rows), np.float32)
+    totals = carray(pointer(a.totals + 4 * index * rows), (parts, rows), np.float32)
+    mixed = carray(pointer(a.mixed + 4 * index * rows * dim), (parts, rows, dim), np.float32)
+    mean = carray(pointer(a.value_mean + 4 * h * dim), dim, np.float32)
+    groups = rows // a.steps
+    out = carray(pointer(a.out), (a.batch, a.steps, a.heads * groups, dim), np.float32)
+    held = -(-carray(pointer(a.counts), a.batch, np.int64)[b] // SPLIT)
+    coded, coded_total = np.zeros((rows, dim), np.float32), np.zeros(rows, np.float32)
+    top, total = np.empty(rows, np.float32), np.zeros(rows, np.float32)
+    for r in range(rows):
+        top[r] = tops[parts - 1, r]
+        for part in range(held):
+            top[r] = _larger(top[r], tops[part, r])
+        if a.sink_logits:
+            logit = carray(pointer(a.sink_logits), a.heads * groups, np.float32)[h * groups + r // a.steps]
+            top[r] = _larger(top[r], logit)
+            total[r] = np.exp(logit - top[r])
+        if top[r] == -np.inf:
+            continue
+        for part in range(held):
+            weight = np.exp(tops[part, r] - top[r])
+            coded_total[r] += weight * totals[part, r]
+            for d in range(dim):
+                coded[r, d] += weight * mixed[part, r, d]
+    rotated = rotated_rows(coded, a.value_matrix, h, dim)
+    for r in range(rows):
+        row = out[b, r % a.steps, h * groups + r // a.steps]
+        row[:] = 0
+        if top[r] == -np.inf:
+            continue
+        weight = np.exp(tops[parts - 1, r] - top[r])
+        total[r] += coded_total[r] + weight * totals[parts - 1, r]
+        for d in range(dim):
+            row[d] = (weight * mixed[parts - 1, r, d] + rotated[r, d] + coded_total[r] * mean[d]) / total[r]

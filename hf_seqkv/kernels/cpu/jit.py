@@ -1,0 +1,48 @@
+"""What the compiled kernels share: compiler options, memory by address, the bits of a code."""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# No "nnan" or "ninf": masked scores are minus infinity.
+OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", "nogil": True}
+
+
+@intrinsic
+def pointer(typingctx, address):
+    """An address as a pointer, for `carray`."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def take_number(typingctx, address):
+    """The int64 at an address, which grows by one: every thread gets another."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "seq_cst")
+
+    return types.int64(types.int64), generate
+
+
+@njit(**OPTIONS)
+def planar_code(codes, width, token, size):
+    """Code of a token of one component from its bytes; the layout is `codec.packing`'s."""
+    code, shift, at, field = 0, 0, 0, 8
+    while field > 0:
+        if width & field:
+            count = size * field // 8
+            byte = np.int64(codes[at + token % count])
+            code |= ((byte >> (token // count * field)) & ((1 << field) - 1)) << shift
+            at += count
+            shift += field
+        field //= 2
+    return code

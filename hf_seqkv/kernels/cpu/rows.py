@@ -1,0 +1,183 @@
+"""What is done to one row of numbers, as LLVM vectors emitted from numba: softmax, extents, rounding to int16.
+
+Written out because numba's own loops stay scalar wherever a maximum is taken. Addresses are of fp32 numbers, lengths
+are multiples of 16, and nothing is checked.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .simd import FAST, LANES, VECTOR, call, load, place, row_cases, splat, store
+
+_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_INTEGERS = ir.VectorType(_I32, LANES)
+# exp2 on [0, 1): degree 6, relative error 2e-7; highest power first.
+_EXP2 = (2.1864262e-4, 1.2390889e-3, 9.6845225e-3, 5.5480409e-2, 2.4023061e-1, 6.9314694e-1, 1.0)
+
+
+def _constant(value):
+    return ir.Constant(VECTOR, [value] * LANES)
+
+
+def _larger(b, x, y):
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def _reduce(b, name, vector, *first):
+    return call(b, f"llvm.vector.reduce.{name}.v{LANES}f32", _F32, *first, vector, flags=FAST)
+
+
+@intrinsic
+def maximum(typingctx, row, count):
+    """Largest of `count` numbers, NaN if there is one."""
+
+    def generate(context, b, signature, args):
+        row, count = args
+        top = cgutils.alloca_once_value(b, _constant(float("-inf")))
+        b.store(_constant(float("-inf")), top)
+        with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
+            b.store(call(b, "llvm.maximum.v16f32", VECTOR, load(b, place(b, row, i)), b.load(top)), top)
+        return _reduce(b, "fmaximum", b.load(top))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def exponentials(typingctx, row, count, top):
+    """`exp(x - top)` in place, exactly 0 for minus infinity; returns the sum."""
+
+    def generate(context, b, signature, args):
+        row, count, top = args
+        total = cgutils.alloca_once_value(b, _constant(0.0))
+        b.store(_constant(0.0), total)
+        with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
+            x = load(b, place(b, row, i))
+            seen = b.fcmp_unordered(">", x, _constant(float("-inf")))
+            x = b.fmul(b.fsub(x, splat(b, top)), _constant(1.4426950408889634))
+            x = b.select(b.fcmp_ordered("<", x, _constant(-126.0)), _constant(-126.0), x)
+            whole = call(b, "llvm.floor.v16f32", VECTOR, x)
+            fraction, power = b.fsub(x, whole), _constant(_EXP2[0])
+            for factor in _EXP2[1:]:
+                power = b.fadd(b.fmul(power, fraction, flags=FAST), _constant(factor), flags=FAST)
+            bits = b.add(b.fptosi(whole, _INTEGERS), ir.Constant(_INTEGERS, [127] * LANES))
+            bits = b.shl(bits, ir.Constant(_INTEGERS, [23] * LANES))
+            value = b.select(seen, b.fmul(power, b.bitcast(bits, VECTOR)), _constant(0.0))
+            store(b, value, place(b, row, i))
+            b.store(b.fadd(b.load(total), value), total)
+        return _reduce(b, "fadd", b.load(total), ir.Constant(_F32, 0.0))
+
+    return types.float32(types.int64, types.int64, types.float32), generate
+
+
+def _make_extents(apart: bool):
+    @intrinsic
+    def extents(typingctx, row, count):
+        def generate(context, b, signature, args):
+            row, count = args
+            top, *sums = (cgutils.alloca_once_value(b, _constant(0.0)) for _ in range(3))
+            for variable in (top, *sums):
+                b.store(_constant(0.0), variable)
+            with cgutils.for_range_slice(b, _I64(0), count, _I64(2 * LANES)) as (i, _):
+                for part, total in enumerate(sums):
+                    x = call(b, "llvm.fabs.v16f32", VECTOR, load(b, place(b, row, b.add(i, _I64(LANES * part)))))
+                    b.store(_larger(b, x, b.load(top)), top)
+                    b.store(b.fadd(b.load(total), x), total)
+            largest = _reduce(b, "fmax", b.load(top))
+            sums = [b.load(total) for total in sums]
+            if apart:
+                total = b.fmul(_reduce(b, "fmax", _larger(b, *sums)), ir.Constant(_F32, 2.0))
+            else:
+                total = _reduce(b, "fadd", b.fadd(*sums), ir.Constant(_F32, 0.0))
+            return context.make_tuple(b, signature.return_type, [largest, total])
+
+        return types.UniTuple(types.float32, 2)(types.int64, types.int64), generate
+
+    return extents
+
+
+# Largest magnitude, and the sum of all; or instead of the sum, a bound of the sum that one of 16 lanes sees when every
+# lane adds up pairs of neighbours. `count` is a multiple of 32.
+extents, extents_apart = _make_extents(False), _make_extents(True)
+
+
+@intrinsic
+def to_int16(typingctx, row, count, factor, out):
+    """`out = round(row * factor)`, int16."""
+
+    def generate(context, b, signature, args):
+        row, count, factor, out = args
+        words = ir.VectorType(_I16, LANES)
+        with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
+            x = b.fmul(load(b, place(b, row, i)), splat(b, factor))
+            whole = b.fptosi(call(b, "llvm.rint.v16f32", VECTOR, x), _INTEGERS)
+            address = b.inttoptr(b.add(out, b.shl(i, _I64(1))), words.as_pointer())
+            store(b, b.trunc(whole, words), address, 2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64), generate
+
+
+@intrinsic
+def scale_row(typingctx, row, count, scale):
+    """`row *= scale`, elementwise."""
+
+    def generate(context, b, signature, args):
+        row, count, scale = args
+        with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
+            at = place(b, row, i)
+            store(b, b.fmul(load(b, at), load(b, place(b, scale, i))), at)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def widen(typingctx, row, count, out):
+    """bf16 numbers as fp32, infinite ones as 0; returns whether there was one."""
+
+    def generate(context, b, signature, args):
+        row, count, out = args
+        words, none = ir.VectorType(_I16, LANES), ir.Constant(_INTEGERS, [0] * LANES)
+        found = cgutils.alloca_once_value(b, none)
+        b.store(none, found)
+        with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
+            raw = load(b, b.inttoptr(b.add(row, b.shl(i, _I64(1))), words.as_pointer()), 2)
+            bits = b.shl(b.zext(raw, _INTEGERS), ir.Constant(_INTEGERS, [16] * LANES))
+            infinite = b.icmp_unsigned("==", bits, ir.Constant(_INTEGERS, [0x7F800000] * LANES))
+            b.store(b.or_(b.load(found), b.sext(infinite, _INTEGERS)), found)
+            store(b, b.bitcast(b.select(infinite, none, bits), VECTOR), place(b, out, i))
+        total = call(b, "llvm.vector.reduce.or.v16i32", _I32, b.load(found))
+        return b.icmp_signed("!=", total, _I32(0))
+
+    return types.boolean(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def dots(typingctx, left, left_stride, rows, right, right_stride, count, dim, out, out_stride):
+    """`out[r, t] = left[r] . right[t]` for up to ROWS rows; `dim` is a multiple of 16."""
+
+    def generate(context, b, signature, args):
+        left, left_stride, rows, right, right_stride, count, dim, out, out_stride = args
+
+        def emit(n):
+            sums = [cgutils.alloca_once_value(b, _constant(0.0)) for _ in range(n)]
+            with cgutils.for_range(b, count) as token:
+                for total in sums:
+                    b.store(_constant(0.0), total)
+                with cgutils.for_range_slice(b, _I64(0), dim, _I64(LANES)) as (d, _):
+                    x = load(b, place(b, right, b.add(b.mul(token.index, right_stride), d)))
+                    for r, total in enumerate(sums):
+                        y = load(b, place(b, left, b.add(b.mul(left_stride, _I64(r)), d)))
+                        b.store(b.fadd(b.load(total), b.fmul(x, y, flags=FAST), flags=FAST), total)
+                for r, total in enumerate(sums):
+                    at = place(b, out, b.add(b.mul(out_stride, _I64(r)), token.index), _F32)
+                    store(b, _reduce(b, "fadd", b.load(total), ir.Constant(_F32, 0.0)), at)
+
+        row_cases(b, rows, emit)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 9)), generate

@@ -1,0 +1,158 @@
+"""Vector building blocks in fp32: LLVM vectors of 16 floats emitted from numba, no compiler needed.
+
+Plain numba loops spill the accumulators of a matrix product to memory in every iteration. LLVM lowers `<16 x float>`
+to whatever the processor has (AVX-512, AVX2, NEON).
+
+The intrinsics take addresses (`array.ctypes.data`) and lengths in elements, and check nothing.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .jit import OPTIONS
+
+LANES = 16
+ROWS = 4  # query rows a block: 4 rows x 4 vectors of accumulators fit 32 registers
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR = ir.VectorType(_F32, LANES)
+FAST = ("reassoc", "contract", "nsz", "arcp")
+
+
+def place(builder, base, index, type_=VECTOR):
+    """Pointer to element `index` (i64, counted in 4-byte numbers) after the address `base`."""
+    address = builder.add(base, builder.shl(index, _I64(2)))
+    return builder.inttoptr(address, type_.as_pointer())
+
+
+def load(builder, pointer, align=4):
+    value = builder.load(pointer)
+    value.align = align
+    return value
+
+
+def store(builder, value, pointer, align=4):
+    builder.store(value, pointer).align = align
+
+
+def shuffle(builder, first, second, lanes):
+    """Lanes of two vectors of one type, or of one."""
+    second = ir.Constant(first.type, ir.Undefined) if second is None else second
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def splat(builder, scalar):
+    """A scalar in all of 16 lanes."""
+    vector = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    return shuffle(builder, builder.insert_element(vector, scalar, _I32(0)), None, [0] * LANES)
+
+
+def call(builder, name, result, *args, flags=()):
+    """Call one of LLVM's own functions."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(function, args, fastmath=flags)
+
+
+def _signature(count):
+    return types.void(*([types.int64] * count))
+
+
+def row_cases(builder, rows, emit):
+    """Emit `emit(n)` for every block height and pick one at run time: `rows` accumulators must be known to LLVM."""
+    for n in range(1, ROWS + 1):
+        with builder.if_then(builder.icmp_signed("==", rows, _I64(n))):
+            emit(n)
+
+
+def _make_scores(vectors: int):
+    @intrinsic
+    def scores_block(typingctx, query, tile, scores, rows, dim, query_stride, tile_stride, score_stride):
+        def codegen(context, b, signature, args):
+            query, tile, scores, rows, dim, query_stride, tile_stride, score_stride = args
+
+            def emit(n):
+                acc = {}
+                for r in range(n):
+                    for v in range(vectors):
+                        acc[r, v] = cgutils.alloca_once(b, VECTOR)
+                        at = b.add(b.mul(score_stride, _I64(r)), _I64(LANES * v))
+                        b.store(load(b, place(b, scores, at)), acc[r, v])
+                with cgutils.for_range(b, dim) as loop:
+                    base = b.mul(loop.index, tile_stride)
+                    keys = [load(b, place(b, tile, b.add(base, _I64(LANES * v)))) for v in range(vectors)]
+                    for r in range(n):
+                        at = b.add(b.mul(query_stride, _I64(r)), loop.index)
+                        q = splat(b, load(b, place(b, query, at, _F32)))
+                        for v in range(vectors):
+                            product = b.fmul(q, keys[v], flags=FAST)
+                            b.store(b.fadd(b.load(acc[r, v]), product, flags=FAST), acc[r, v])
+                for (r, v), a in acc.items():
+                    at = b.add(b.mul(score_stride, _I64(r)), _I64(LANES * v))
+                    store(b, b.load(a), place(b, scores, at))
+
+            row_cases(b, rows, emit)
+            return context.get_dummy_value()
+
+        return _signature(8), codegen
+
+    return scores_block
+
+
+# `scores[r, :] += sum_d query[r, d] * tile[d, :]` for up to ROWS rows and 16 or 64 columns, sums in registers.
+# Arguments: query, tile, scores (addresses), rows, D, then the row strides of query, tile and scores.
+scores_16, scores_64 = _make_scores(1), _make_scores(4)
+
+
+@intrinsic
+def mix_64(typingctx, probs, tile, lanes, rows, dim, prob_stride, tile_stride):
+    """`lanes[d, r, :16] += probs[r, tokens] * tile[d, tokens]` for 64 tokens; lanes are summed once, at the end."""
+
+    def codegen(context, b, signature, args):
+        probs, tile, lanes, rows, dim, prob_stride, tile_stride = args
+
+        def emit(n):
+            p = {}
+            for r in range(n):
+                for v in range(4):
+                    at = b.add(b.mul(prob_stride, _I64(r)), _I64(LANES * v))
+                    p[r, v] = load(b, place(b, probs, at))
+            with cgutils.for_range(b, dim) as loop:
+                base = b.mul(loop.index, tile_stride)
+                values = [load(b, place(b, tile, b.add(base, _I64(LANES * v)))) for v in range(4)]
+                for r in range(n):
+                    at = b.add(b.mul(loop.index, _I64(ROWS * LANES)), _I64(r * LANES))
+                    pointer = place(b, lanes, at)
+                    total = load(b, pointer)
+                    for v in range(4):
+                        total = b.fadd(total, b.fmul(p[r, v], values[v], flags=FAST), flags=FAST)
+                    store(b, total, pointer)
+
+        row_cases(b, rows, emit)
+        return context.get_dummy_value()
+
+    return _signature(7), codegen
+
+
+@njit(**OPTIONS)
+def add_product(left, right, stride, out, rows, dim, columns):
+    """`out[:rows, :columns] += left[:rows, :dim] @ right[:dim, :columns]`, fp32, columns a multiple of 16.
+
+    `right` is an address, its rows `stride` numbers apart.
+    """
+    ls, os = left.shape[1], out.shape[1]
+    for r in range(0, rows, ROWS):
+        height = min(rows - r, ROWS)
+        c = 0
+        while c < columns:
+            a, b, o = left.ctypes.data + 4 * r * ls, right + 4 * c, out.ctypes.data + 4 * (r * os + c)
+            if columns - c >= 64:
+                scores_64(a, b, o, height, dim, ls, stride, os)
+                c += 64
+            else:
+                scores_16(a, b, o, height, dim, ls, stride, os)
+                c += 16
