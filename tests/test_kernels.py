@@ -559,6 +559,28 @@ def check_scalar():
     print(cpu.path(), len(SCALAR))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc fills freed memory on request, others do not")
+def test_freed_memory_is_not_read():
+    """Arrays are passed by address, where numba may free one too early: with freed memory overwritten it shows."""
+    env = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.perturb=85"}
+    result = subprocess.run([sys.executable, __file__, "perturbed"], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["perturbed", str(len(CASES))]
+
+
+def check_perturbed():
+    for case in CASES.values():
+        query, view, mask, scoring = build(case)
+        runs = {
+            name: dataclasses.replace(run, k=run.k.bfloat16(), v=run.v.bfloat16())
+            for name, run in (("sinks", view.sinks), ("recent", view.recent))
+        }
+        for seen in (view, dataclasses.replace(view, **runs)):
+            arguments = query, seen, mask, scoring
+            assert_close(cpu.attend_codes(*arguments), reference.attend_codes(*arguments), "cpu")
+    print("perturbed", len(CASES))
+
+
 def test_numbas_pool_gives_the_same(monkeypatch):
     """Where torch has no pool that kernels can run on."""
     arguments = build(CASES["many splits"])
@@ -587,4 +609,5 @@ def test_compiled_code_is_of_these_sources(name):
 
 
 if __name__ == "__main__":
-    check_scalar()
+    torch.manual_seed(0)
+    check_perturbed() if "perturbed" in sys.argv else check_scalar()

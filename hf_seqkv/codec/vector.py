@@ -140,7 +140,7 @@ class VectorCodec:
         return codes.unflatten(-2, (self.heads, self.dim))
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Codes `[..., H, D, P]` and scales `[..., H, P]` to fp32 vectors `[..., H, P, D]`; infinite scales count as 0."""
+        """Codes `[..., H, D, P]` and scales `[..., H, P]` to fp32 `[..., H, P, D]`; infinite scales count as 0."""
         flat = codes.flatten(-3, -2).movedim(-2, 0)
         y = torch.zeros(flat.shape, dtype=torch.float32, device=codes.device)
         for width, rows, _ in self._groups:

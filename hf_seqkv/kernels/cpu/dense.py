@@ -38,12 +38,24 @@ def _tokens(address, bf16, at, token, count, dim):
 
 
 @njit(**OPTIONS)
+def _dots(query, keys, stride, count, dim, scores, held):
+    """`scores[:, :count]`; `held` is the memory of `keys`, which a caller's array outlives only as an argument."""
+    dots(query.ctypes.data, query.shape[1], len(query), keys, stride, count, dim, scores.ctypes.data, scores.shape[1])
+
+
+@njit(**OPTIONS)
+def _add_values(scores, values, stride, mixed, count, held):
+    """`mixed += scores[:, :count] @ values`; `held` as in `_dots`."""
+    add_product(scores, values, stride, mixed, len(scores), count, mixed.shape[1])
+
+
+@njit(**OPTIONS)
 def _score_run(a, run, query, b, h, row0, first, count, scores):
     """Scores of a run's tokens from `first` on; what counts for nothing gets minus infinity."""
     rows, dim = query.shape
     at = b * run.k_row + h * run.k_head + first * run.k_token
-    keys, stride, _held = _tokens(run.k, run.bf16, at, run.k_token, count, a.key_dim)
-    dots(query.ctypes.data, dim, rows, keys, stride, count, dim, scores.ctypes.data, scores.shape[1])
+    keys, stride, held = _tokens(run.k, run.bf16, at, run.k_token, count, a.key_dim)
+    _dots(query, keys, stride, count, dim, scores, held)
     slots = carray(pointer(run.slots + 8 * b * (run.count if run.each else 1)), run.count, np.int64)
     if not run.each and unlimited(a, slots[0] + first, count):
         return
@@ -66,7 +78,7 @@ def dense_part(a, query, b, h, row0):
     index = ((b * a.heads + h) * (a.splits + 1) + a.splits) * a.rows + row0
     tops = carray(pointer(a.tops + 4 * index), rows, np.float32)
     totals = carray(pointer(a.totals + 4 * index), rows, np.float32)
-    mixed, columns = np.zeros((rows, padded(dim, 16)), np.float32), padded(dim, 16)
+    mixed = np.zeros((rows, padded(dim, 16)), np.float32)
     tops[:], totals[:] = -np.inf, 0
     runs = carray(pointer(a.dense), a.runs, DENSE)
     for i in range(a.runs):
@@ -78,7 +90,7 @@ def dense_part(a, query, b, h, row0):
         scores = np.full((rows, padded(count, 16)), np.float32(-np.inf))
         _score_run(a, run, query, b, h, row0, first, count, scores)
         at = b * run.v_row + h * run.v_head + first * run.v_token
-        values, stride, _held = _tokens(run.v, run.bf16, at, run.v_token, count, dim)
+        values, stride, held = _tokens(run.v, run.bf16, at, run.v_token, count, dim)
         for r in range(rows):
             row = scores[r].ctypes.data
             top = _larger(tops[r], maximum(row, scores.shape[1]))
@@ -89,7 +101,7 @@ def dense_part(a, query, b, h, row0):
             totals[r] = totals[r] * shrink + exponentials(row, scores.shape[1], top)
             tops[r] = top
             mixed[r] *= shrink
-        add_product(scores, values, stride, mixed, rows, count, columns)
+        _add_values(scores, values, stride, mixed, count, held)
     carray(pointer(a.mixed + 4 * index * dim), (rows, dim), np.float32)[:] = mixed[:, :dim]
 
 

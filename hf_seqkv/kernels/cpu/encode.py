@@ -1,8 +1,8 @@
 """`encode_pages` on a CPU, compiled by numba: `QuantizedPageCodec.encode` without its dense temporaries.
 
 The work is in `encode_worker.py`; here it is written down as records of addresses and counts. Codes and scales are
-those of the codec's own `encode` but for rounding: sums are taken in another order, so a coordinate that lies on an edge
-between two levels, or a vector that two gains serve equally well, may go either way.
+those of the codec's own `encode` but for rounding: sums are taken in another order, so a coordinate on an edge between
+two levels, or a vector that two gains serve equally well, may go either way.
 """
 
 from __future__ import annotations

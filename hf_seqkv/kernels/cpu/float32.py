@@ -88,11 +88,17 @@ def score(operand, factors, scale, tile, dim, out, out_stride):
 
 
 @njit(**OPTIONS)
+def _score_levels(tile, operand, factors, scale, out, out_stride):
+    """`score` from an array. Its memory is sure to last for a call only where it is an argument of it."""
+    score(operand, factors, scale, tile.ctypes.data, len(tile), out, out_stride)
+
+
+@njit(**OPTIONS)
 def score_codes(operand, factors, scale, page, offsets, widths, levels, size, first, out, out_stride, ahead):
     """As `score` for keys in codes at address `page`: 64 tokens from `first` on."""
     tile = np.empty((widths.shape[0], 64), np.float32)
     _expand(page, offsets, widths, levels, size, first, tile)
-    score(operand, factors, scale, tile.ctypes.data, widths.shape[0], out, out_stride)
+    _score_levels(tile, operand, factors, scale, out, out_stride)
 
 
 @njit(**OPTIONS)

@@ -81,6 +81,18 @@ def _expand(page, offset, width, levels, tile, stride, size, first):
 
 
 @njit(**OPTIONS)
+def _score_levels(tile, query, factors, scale, out, rows, stride, out_stride):
+    """`score` of two components. An array's memory is sure to last for a call only where it is an argument of it."""
+    _SCORES_0(tile.ctypes.data, 0, 0, query, factors, scale, out, rows, 1, stride, out_stride)
+
+
+@njit(**OPTIONS)
+def _mix_levels(tile, weights, rows, factors, out, out_stride):
+    """`mix_codes` of one component from its levels `[pages, 64]`."""
+    _ONE_0(tile.ctypes.data, 128, tile.size // 64, 0, weights, tile.size, rows, factors, out, out_stride)
+
+
+@njit(**OPTIONS)
 def score(operand, factors, scale, tile, dim, out, out_stride):
     """`out[r, :64] += factors[r] * scale[:64] * (operand[r] . tile)`; `tile` is the address of one of `make_tile`."""
     rows, stride = operand.shape
@@ -108,7 +120,7 @@ def score_codes(operand, factors, scale, page, offsets, widths, levels, size, fi
             tile = np.zeros((64, 2), np.int16)
             for c in range(d, min(d + 2, dim)):
                 _expand(page, offsets[c], widths[c], levels, tile.ctypes.data + 2 * (c - d), 2, size, first)
-            _SCORES_0(tile.ctypes.data, 0, 0, query, f, scale, out, rows, 1, stride, out_stride)
+            _score_levels(tile, query, f, scale, out, rows, stride, out_stride)
             end = d + 2
         elif width == 4:
             _SCORES_4(codes, ahead, table, query, f, scale, out, rows, pairs, stride, out_stride)
@@ -144,7 +156,7 @@ def mix_codes(weights, factors, first, page_bytes, pages, offsets, widths, level
                 for at in range(0, wide, 64):
                     page = first + n * page_bytes
                     _expand(page, offsets[d], width, levels, tile[n, at:].ctypes.data, 1, size, at)
-            _ONE_0(tile.ctypes.data, 128, pages * wide // 64, 0, w, stride, rows, f, to, out_stride)
+            _mix_levels(tile, w, rows, f, to, out_stride)
         elif block:
             if width == 4:
                 _BLOCK_4(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
