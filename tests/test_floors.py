@@ -29,7 +29,7 @@ HOMES = {
     "transformers": {"integration", "cli", "eval"},
     "numba": {"kernels.cpu"},
     "llvmlite": {"kernels.cpu"},
-    "triton": {"kernels.triton_attend", "kernels.triton_pages", "kernels.triton_tile"},
+    "triton": {f"kernels.triton_{name}" for name in ("attend", "pages", "partials", "rows", "softmax", "tile")},
     "huggingface_hub": {"calibration", "cli", "eval"},
 }
 LINES = 300

@@ -1,0 +1,214 @@
+"""`attend_codes` for quantised pages on a GPU: tables and launches of the Triton kernels.
+
+    prepare   a KV head: queries rotated as keys are, coefficients of the constant part; its dense tokens' softmax
+    partials  a KV head and a few pages: softmax and mix, in the rotated domain of values
+    combine   a query: splits merged in their order, rotated back, dense part added
+
+Agreement with the reference, of the largest output: 2e-3 where levels are gathered (fp16 operands). On NVIDIA GPUs
+uniform widths of 2 to 5 bits are expanded by byte tables, which round levels to 127 steps at 4 bits and to 255 at the
+others: that adds 0.6 % to the codec's own squared error at 4 bits, 1.2 % at 5, nothing to speak of below (outputs move
+by 1 % of the largest).
+
+Nothing here waits for the GPU. A row's pages are split by its own page count alone, and splits are merged in their
+order: a row's result does not depend on its neighbours, the GPU or chance.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..codec.page import PageCodec, QuantizedPageCodec
+from .interface import LayerView, Scoring
+from .triton_partials import partials, partials_options
+from .triton_rows import WARPS, combine, prepare
+
+FAR = 1 << 30  # a window, or a look ahead, without end
+TABLE_BITS = (2, 3, 4, 5)
+
+
+def supports(codec: PageCodec) -> str | None:
+    """Why pages of this codec cannot be read here, or None."""
+    if not isinstance(codec, QuantizedPageCodec):
+        return "dense pages are read by torch"
+    if codec.page_size != 64:
+        return f"pages of {codec.page_size} tokens; the Triton kernels read pages of 64"
+    if max(codec.key_dim, codec.value_dim) > 256:
+        return f"heads of {max(codec.key_dim, codec.value_dim)} components; the Triton kernels read at most 256"
+    return None
+
+
+def byte_table(levels: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+    """Levels `[n]` as `step * (u + shift)`: bytes `u [n]`, step and shift with the least error for Gaussian values.
+
+    `u` is at most 127 at 4 bits, where its top bit must be free (`triton_tile`), and 255 at the others; at 5 bits the
+    top bit is the code's.
+    """
+    levels = levels.double()
+    n, most = len(levels), 127 if len(levels) == 16 else 255
+    gaps = torch.diff(levels, prepend=levels[:1] - 1, append=levels[-1:] + 1)
+    weight = torch.exp(-(levels**2) / 2) * (gaps[1:] + gaps[:-1])
+    # All steps that use three quarters of the bytes or more, with the levels' middle at three places.
+    step = ((levels[-1] - levels[0]) / torch.arange(most * 0.75, most + 0.01, 0.25)).clamp_min(1e-30)[:, None, None]
+    shift = (levels[0] + levels[-1]) / 2 / step - torch.tensor([most // 2, most / 2, most // 2 + 1])[:, None]
+    low = torch.arange(n) // 16 * 128 if n == 32 else torch.zeros(n)
+    u = (levels / step - shift).round().clamp(low, low + 127 if n == 32 else low + most)
+    best = (weight * (step * (u + shift) - levels) ** 2).sum(-1).argmin()
+    i, j = divmod(int(best), 3)
+    return u[i, j].to(torch.uint8), float(step[i]), float(shift[i, j])
+
+
+class _Side:
+    """Tables of one side of a codec on its device."""
+
+    def __init__(self, side, tables: bool):
+        flat = set(side.widths.flatten().tolist())
+        device, heads = side.levels.device, side.heads
+        levels = side.levels.expand(heads, -1, -1).float().cpu().clone()
+        self.uniform = flat.pop() if len(flat) == 1 else 0
+        self.bits = self.uniform if tables else 0
+        self.matrix, self.mean = side.decode_matrix.contiguous(), side.mean.contiguous()
+        self.norm = side.decode_matrix.norm(dim=-1).amax(-1).contiguous()
+        self.widths, self.offsets = (x.to(device, torch.int32).contiguous() for x in (side.widths, side.offsets))
+        words, affine = torch.zeros(heads, 16, dtype=torch.int32), torch.zeros(heads, 2)
+        if self.bits:
+            for h in range(heads):
+                u, step, shift = byte_table(levels[h, self.bits, : 1 << self.bits])
+                u = u & 127 if self.bits == 5 else u
+                packed = torch.nn.functional.pad(u, (0, 32 - len(u))).view(torch.int32)
+                words[h, :8], affine[h] = packed, torch.tensor([step, shift])
+            words[:, 8:] = torch.arange(8) // (2 if self.bits == 5 else 4)
+        self.words, self.affine = words.to(device), affine.to(device)
+        levels[:, 0] = 0
+        self.levels = levels.to(device, torch.float16)
+
+    @property
+    def arguments(self):
+        return self.words, self.affine, self.levels, self.widths, self.offsets
+
+
+_TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_RELATIVE = WeakTensorKeyDictionary()
+
+
+def _tables(codec, device: torch.device) -> tuple[_Side, _Side]:
+    if codec not in _TABLES:
+        sides = codec.key, codec.value
+        widths = {frozenset(side.widths.flatten().tolist()) for side in sides}
+        tables = all(len(w) == 1 and next(iter(w)) in TABLE_BITS for w in widths) and use_tables(device)
+        _TABLES[codec] = tuple(_Side(side, tables) for side in sides)
+    return _TABLES[codec]
+
+
+def use_tables(device: torch.device) -> bool:
+    """Whether codes may be expanded by PTX instructions."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _relative(relative: torch.Tensor, wide: int) -> torch.Tensor:
+    """Relative table `[P, 2 * half]` as `[cos | sin, high | low, P, wide]` fp16, made once."""
+    version = None if relative.is_inference() else relative._version
+    found = _RELATIVE.get(relative)
+    if found is None or found[0] != (version, wide):
+        half = relative.shape[-1] // 2
+        parts = torch.nn.functional.pad(relative.unflatten(-1, (2, half)).transpose(0, 1), (0, wide - half))
+        high = parts.half()
+        split = torch.stack([high, (parts - high.float()).half()], 1).contiguous()
+        found = _RELATIVE[relative] = ((version, wide), split)
+    return found[1]
+
+
+def _power(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def pages_each(count: int) -> int:
+    """Pages a program takes of a row with `count`: few enough that short rows fill a GPU, too."""
+    return min(max(2, _power(count, 1) // 32), 16)
+
+
+def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
+    """What the kernels need to know of each row, `[7, B]` int32, copied without waiting."""
+    each = [pages_each(count) for count in view.counts]
+    dense = view.sinks.slots, view.sinks.begin, view.recent.slots, view.recent.begin
+    numbers = torch.tensor(
+        [view.counts, view.page_slots, *dense, each], dtype=torch.int32, pin_memory=device.type == "cuda"
+    )
+    return numbers.to(device, non_blocking=True)
+
+
+def _dense_last(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None, scoring: Scoring) -> torch.Tensor:
+    """As `reference.attend_codes`, for codecs that `supports` has nothing against."""
+    batch, query_heads, steps, dim = query.shape
+    codec, device, side = view.codec, query.device, view.side
+    heads, value_dim = codec.heads, codec.value_dim
+    rows = query_heads // heads * steps
+    key, value = _tables(codec, device)
+    least = 8 if use_tables(device) else 16
+    block = min(_power(rows, least), 16 if key.bits == 0 or least == 16 else 8)
+    blocks = batch * heads * -(-rows // block)
+    ints = _numbers(view, device)
+    parts = max((-(-n // pages_each(n)) for n in view.counts), default=0) + 1
+    pages = _dense_last(view.pages)
+    half = 0 if view.center is None else view.center.relative.shape[-1] // 2
+    wide = _power(half, 16)
+    relative, starts, mean, interleaved = ints, ints, ints, False
+    if view.center is not None:
+        relative, starts = _relative(view.center.relative, wide), _dense_last(view.center.starts)
+        mean, interleaved = view.center.mean.contiguous(), view.center.interleaved
+    bias = ints if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    strides = (0, 0, 0) if mask is None else [
+        0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True)
+    ]  # fmt: skip
+    query = _dense_last(query.detach())
+    runs = [_dense_last(x.detach()) for run in (view.sinks, view.recent) for x in (run.k, run.v)]
+    runs += [query, query] if side is None else [_dense_last(side.k), _dense_last(side.v)]
+    listed = ints if side is None else side.slots.contiguous()
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    dp, dvp = _power(dim, 32), _power(value_dim, 32)
+    rotated, factors = empty(blocks, dp, block, dtype=torch.float16), empty(blocks)
+    constants, coefficients = empty(blocks, block), empty(blocks, 2, wide, block)
+    mixed = empty(batch * heads, parts, rows, value_dim)
+    tops, totals = empty(batch * heads, parts, rows), empty(batch * heads, parts, rows)
+    out = empty(batch, steps, query_heads, value_dim, dtype=query.dtype)
+    cap = scoring.softcap or 0.0
+    ahead = 0 if scoring.causal and mask is None else FAR
+    limits = (steps, view.length, view.offset, scoring.window or FAR, ahead, cap, 0 if mask is None else mask.stride(3))
+    shape = {
+        "H": heads, "ROWS": rows, "RB": block, "D": dim, "DP": dp, "DV": value_dim, "DVP": dvp, "HALF": half,
+        "HP": wide, "CENTER": view.center is not None, "SOFTCAP": cap > 0,
+        "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+    }  # fmt: skip
+    prepare[blocks, 2](
+        query, scoring.scaling * 1.4426950408889634, key.matrix, key.norm, key.mean, mean, rotated, factors, constants,
+        coefficients, *runs, listed, ints, bias, mixed, tops, totals, *query.stride()[:3],
+        *(stride for x in runs for stride in x.stride()[:3]), *strides, batch, parts,
+        view.sinks.k.shape[2], view.recent.k.shape[2], listed.shape[-1], *limits,
+        INTERLEAVED=interleaved, SIDE=side is not None, num_warps=WARPS["prepare"], **shape,
+    )  # fmt: skip
+    if parts > 1:
+        sections = codec.sections
+        at = [sections[name][0] // (4 if "codes" in name else 2) for name in sections]
+        options = partials_options(key.bits > 0, key.uniform * value.uniform > 0)
+        partials[blocks, parts - 1](
+            rotated, factors, constants, coefficients, starts, relative, pages.view(torch.int32), ints, bias, mixed,
+            tops, totals, *key.arguments, *value.arguments, pages.stride(0) // 4, pages.stride(1) // 4, *at,
+            *(starts.stride()[:2] if view.center is not None else (0, 0)), *strides, batch, parts, *limits,
+            KB=key.bits, KU=key.uniform, VB=value.bits, VU=value.uniform, **shape, **options,
+        )  # fmt: skip
+    logits = ints if scoring.sink_logits is None else scoring.sink_logits.detach().contiguous()
+    combine[batch * heads, rows](
+        mixed, tops, totals, ints, value.matrix, value.mean, logits, out, *out.stride()[:3], batch, parts, steps,
+        H=heads, ROWS=rows, DV=value_dim, DVP=dvp, SINKS=scoring.sink_logits is not None,
+        num_warps=WARPS["combine"],
+    )  # fmt: skip
+    return out

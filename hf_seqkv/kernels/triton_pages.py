@@ -1,0 +1,242 @@
+"""Pages on a GPU: encode dense keys and values, and codes back to levels, in one launch each.
+
+The arithmetic is `VectorCodec.encode`'s, in fp32; codes may differ where a value lies on the edge of two levels to the
+last digits, as sums are made in another order.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+import triton
+import triton.language as tl
+
+from ..codec.center import Center
+from ..codec.page import QuantizedPageCodec
+from .triton_tile import gather_codes
+
+
+@triton.jit
+def _power_of_two(n):
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_by(x, n):
+    """`x * 2 ** n`, in two steps: a power of two below 2 ** -126 is no normal number."""
+    return x * _power_of_two(n >> 1) * _power_of_two(n - (n >> 1))
+
+
+@triton.jit
+def _constant_keys(mean, start, relative, token, d, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Constant part of keys at components `d [1, n]` of tokens `[64, 1]`: `Center.keys`."""
+    if INTERLEAVED:
+        pair, first, partner = d // 2, d % 2 == 0, d ^ 1
+    else:
+        pair, first = tl.where(d < HALF, d, d - HALF), d < HALF
+        partner = tl.where(first, d + HALF, d - HALF)
+    turned = d < 2 * HALF
+    own = tl.load(mean + d, mask=d < D, other=0)
+    other = tl.load(mean + partner, mask=turned, other=0)
+    c, s = tl.load(start + pair, mask=turned, other=0), tl.load(start + HALF + pair, mask=turned, other=0)
+    at = relative + token * (2 * HALF) + pair
+    rc, rs = tl.load(at, mask=turned, other=0), tl.load(at + HALF, mask=turned, other=0)
+    cos, sin = c * rc - s * rs, s * rc + c * rs
+    return tl.where(turned, own * cos + tl.where(first, -other, other) * sin, own)
+
+
+@triton.jit
+def _quantize(y, gain, weights, edges, levels, width, UNIFORM: tl.constexpr):
+    """Codes of `y [64, D]` under a gain `[64]`, the least-squares gain and the error it leaves."""
+    x = y / tl.maximum(gain, 1e-30)[:, None]
+    code = tl.zeros_like(x).to(tl.int32)
+    steps: tl.constexpr = UNIFORM if UNIFORM > 0 else 8
+    for i in tl.static_range(steps):
+        step = 1 << (steps - 1 - i)
+        code += tl.where(x > tl.load(edges + width * 256 + code + step - 1), step, 0)
+    chosen = tl.load(levels + width * 256 + code)
+    dot, power = tl.sum(y * chosen * weights, 1), tl.sum(chosen * chosen * weights, 1)
+    fitted = tl.where(power > 0, dot / tl.maximum(power, 1e-30), gain)
+    return code, fitted, tl.sum(y * y * weights, 1) - dot * fitted
+
+
+@triton.jit
+def _encode(
+    x, xt, out, scales, mean, matrix, weight, edges, levels, widths, offsets, key_mean, start, relative, h,
+    D: tl.constexpr, DP: tl.constexpr, UNIFORM: tl.constexpr, FIT: tl.constexpr, CENTER: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """One page of one head: `x` points to it, tokens `xt` apart; codes go to `out`, scales to `scales`."""
+    token = tl.arange(0, 64)[:, None]
+    e = tl.arange(0, DP)[None, :]
+    y = tl.zeros([64, DP], tl.float32)
+    for first in range(0, D, 16):
+        d = first + tl.arange(0, 16)[None, :]
+        part = tl.load(x + token * xt + d, mask=d < D, other=0).to(tl.float32)
+        if CENTER:
+            part -= _constant_keys(key_mean, start, relative, token, d, D, HALF, INTERLEAVED)
+        part = tl.where(d < D, part - tl.load(mean + h * D + d, mask=d < D, other=0), 0)
+        i = first + tl.arange(0, 16)[:, None]
+        rows = tl.load(matrix + (h * D + i) * D + e, mask=(i < D) & (e < D), other=0)
+        y = tl.dot(part, rows, y, input_precision="ieee")
+    size = tl.max(tl.abs(y), 1)
+    exponent = tl.where(size > 0, (size.to(tl.int32, bitcast=True) >> 23) - 126, 0)
+    y = _scale_by(y, -exponent[:, None])
+    weights = tl.load(weight + h * D + e, mask=e < D, other=0)
+    gain = tl.sqrt(tl.sum(y * y * weights, 1) / tl.sum(weights, 1))
+    width = tl.load(widths + h * D + e, mask=e < D, other=0)
+    edges += h * 9 * 256
+    levels += h * 9 * 256
+    codes, fitted, error = _quantize(y, gain, weights, edges, levels, width, UNIFORM)
+    if not FIT:
+        fitted = gain
+    elif UNIFORM == 0:
+        for i in range(4):
+            factor = tl.where(i == 0, 1.4, tl.where(i == 1, 2.0, tl.where(i == 2, 2.8, 4.0)))
+            again, gained, rest = _quantize(y, gain * factor, weights, edges, levels, width, UNIFORM)
+            better = rest < error
+            codes = tl.where(better[:, None], again, codes)
+            fitted, error = tl.where(better, gained, fitted), tl.where(better, rest, error)
+    tl.store(scales + tl.arange(0, 64), _scale_by(fitted, exponent).to(tl.bfloat16))
+    at = tl.load(offsets + h * D + e, mask=e < D, other=0)
+    shift = tl.zeros_like(width)
+    for i in tl.static_range(4):  # fields of 8, 4, 2 and 1 bits, see `codec.packing`
+        if UNIFORM == 0 or UNIFORM & (8 >> i):
+            here = ((width & (8 >> i)) != 0) & (e < D)
+            field = tl.reshape((codes >> shift) & ((1 << (8 >> i)) - 1), (1 << i, 64 >> i, DP))
+            packed = tl.sum(field << (tl.arange(0, 1 << i) * (8 >> i))[:, None, None], 0)
+            tl.store(out + at + tl.arange(0, 64 >> i)[:, None], packed.to(tl.uint8), mask=here)
+            at += tl.where(here, 64 >> i, 0)
+            shift += tl.where(here, 8 >> i, 0)
+
+
+@triton.jit
+def encode_kernel(
+    k, v, pages, key_center, starts, relative,
+    key_mean, key_matrix, key_weight, key_edges, key_levels, key_widths, key_offsets,
+    value_mean, value_matrix, value_weight, value_edges, value_levels, value_widths, value_offsets,
+    kb, kn, kh, kt, vb, vn, vh, vt, starts_b, starts_n, page_bytes, key_codes, key_scales, value_codes, value_scales,
+    count,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, KU: tl.constexpr,
+    VU: tl.constexpr, KEY_FIT: tl.constexpr, VALUE_FIT: tl.constexpr, CENTER: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """A page (of all rows'), a head, keys or values."""
+    page, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, n = page // count, page % count
+    out = pages + page * page_bytes
+    if tl.program_id(2) == 0:
+        _encode(
+            k + b * kb + n * kn + h * kh, kt, out + key_codes, (out + key_scales).to(tl.pointer_type(tl.bfloat16))
+            + h * 64, key_mean, key_matrix, key_weight, key_edges, key_levels, key_widths, key_offsets,
+            key_center + (b * H + h) * D, starts + b * starts_b + n * starts_n, relative, h, D, DP, KU, KEY_FIT, CENTER,
+            HALF, INTERLEAVED,
+        )  # fmt: skip
+    else:
+        _encode(
+            v + b * vb + n * vn + h * vh, vt, out + value_codes, (out + value_scales).to(tl.pointer_type(tl.bfloat16))
+            + h * 64, value_mean, value_matrix, value_weight, value_edges, value_levels, value_widths, value_offsets,
+            key_center, starts, relative, h, DV, DVP, VU, VALUE_FIT, False, HALF, INTERLEAVED,
+        )  # fmt: skip
+
+
+@triton.jit
+def unpack_kernel(
+    pages, levels, widths, offsets, out, page_bytes, codes_at, scales_at,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """A page and a head of one side: level times scale, `out [pages, H, 64, D]`."""
+    page, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, DP)[:, None]
+    token = tl.arange(0, 64)
+    width = tl.load(widths + h * D + d, mask=d < D, other=0)
+    at = tl.load(offsets + h * D + d, mask=d < D, other=0)
+    data = pages + page * page_bytes
+    code = gather_codes(data + codes_at, d, token[None, :], width, at, UNIFORM)
+    y = tl.load(levels + (h * 9 + width) * 256 + code)
+    scale = tl.load((data + scales_at).to(tl.pointer_type(tl.bfloat16)) + h * 64 + token).to(tl.float32)
+    scale = tl.where(scale < float("inf"), scale, 0)
+    tl.store(out + ((page * H + h) * 64 + token[None, :]) * D + d, y * scale[None, :], mask=d < D)
+
+
+class _Side:
+    """Tables of one side of a codec: level tables `[H, 9, 256]` and their edges, infinite where there is none."""
+
+    def __init__(self, side):
+        flat = set(side.widths.flatten().tolist())
+        self.uniform = next(iter(flat)) if len(flat) == 1 else 0
+        self.fit = side.scale == "fit"
+        self.levels = side.levels.expand(side.heads, -1, -1).float().clone()
+        self.levels[:, 0] = 0
+        self.edges = torch.full_like(self.levels, torch.inf)
+        for width in flat:
+            table = side.levels[:, width, : 1 << width]
+            self.edges[:, width, : (1 << width) - 1] = (table[:, 1:] + table[:, :-1]) / 2
+        self.widths, self.offsets = (x.to(self.levels.device, torch.int32) for x in (side.widths, side.offsets))
+        tables = side.mean, side.encode_matrix, side.weights, self.edges, self.levels, self.widths, self.offsets
+        self.arguments = tuple(table.contiguous() for table in tables)
+
+
+_TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _tables(codec) -> tuple[_Side, _Side]:
+    if codec not in _TABLES:
+        _TABLES[codec] = _Side(codec.key), _Side(codec.value)
+    return _TABLES[codec]
+
+
+def _power(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def encode_pages(codec: QuantizedPageCodec, k: torch.Tensor, v: torch.Tensor, center: Center | None) -> torch.Tensor:
+    """As `codec.encode(k - center.keys, v)`, for codecs that `triton_attend.supports` has nothing against.
+
+    Args:
+        k, v: `[B, N, H, P, Dk]` and `[B, N, H, P, Dv]`, any float dtype and strides.
+        center: Constant part to take out of the keys, with the starts of these pages; None for none.
+    Returns:
+        `[B, N, page_bytes]` uint8.
+    """
+    key, value = _tables(codec)
+    batch, count = k.shape[:2]
+    padded = codec.page_bytes != sum(size for _, size in codec.sections.values())
+    make = torch.zeros if padded else torch.empty
+    pages = make(batch, count, codec.page_bytes, dtype=torch.uint8, device=k.device)
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k.detach(), v.detach()))
+    mean = starts = relative = pages
+    if center is not None:
+        mean, starts, relative = (x.contiguous() for x in (center.mean, center.starts, center.relative))
+    if batch * count == 0:
+        return pages
+    encode_kernel[batch * count, codec.heads, 2](
+        k, v, pages, mean, starts, relative, *key.arguments, *value.arguments, *k.stride()[:4], *v.stride()[:4],
+        *(starts.stride()[:2] if center is not None else (0, 0)), codec.page_bytes,
+        *(at for at, _ in codec.sections.values()), count,
+        H=codec.heads, D=codec.key_dim, DP=_power(codec.key_dim), DV=codec.value_dim, DVP=_power(codec.value_dim),
+        KU=key.uniform, VU=value.uniform, KEY_FIT=key.fit, VALUE_FIT=value.fit, CENTER=center is not None,
+        HALF=0 if center is None else relative.shape[-1] // 2, INTERLEAVED=center is not None and center.interleaved,
+        num_warps=8,
+    )  # fmt: skip
+    return pages
+
+
+def unpack_codes(codec: QuantizedPageCodec, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels times scales of pages `[..., page_bytes]`: `[..., H, P, Dk]` and `[..., H, P, Dv]`, fp32.
+
+    Times a side's decode matrix, plus its mean, they are what `codec.decode` gives.
+    """
+    flat = pages.contiguous().view(-1, codec.page_bytes)
+    outs, names = [], iter(codec.sections)
+    for side, table in zip((codec.key, codec.value), _tables(codec), strict=True):
+        out = torch.empty(*pages.shape[:-1], codec.heads, codec.page_size, side.dim, device=pages.device)
+        if len(flat):
+            unpack_kernel[len(flat), codec.heads](
+                flat, table.levels, table.widths, table.offsets, out, codec.page_bytes,
+                codec.sections[next(names)][0], codec.sections[next(names)][0],
+                H=codec.heads, D=side.dim, DP=_power(side.dim), UNIFORM=table.uniform, num_warps=4,
+            )  # fmt: skip
+        outs.append(out)
+    return tuple(outs)

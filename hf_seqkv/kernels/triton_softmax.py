@@ -1,0 +1,78 @@
+"""Pieces of the Triton kernels between two products: limits, online softmax, the order of tokens, the constant part.
+
+Scores are `[tokens, rows]`, in units of log2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4e38)  # of a maximum, so that differences of maxima are numbers
+# What changes from step to step is not worth a compilation.
+VARY = ["parts", "sinks", "recents", "sides", "length", "offset"]
+
+
+@triton.jit
+def softmax(y, top):
+    """New maximum, factor for what was summed before, and exponentials of scores `y [T, R]`."""
+    new = tl.maximum(top, tl.max(y, 0))
+    return new, tl.exp2(top - new), tl.exp2(y - new[None, :])
+
+
+@triton.jit
+def limit(y, slot, here, row, mask, seen, limits, SOFTCAP: tl.constexpr, MASK: tl.constexpr):
+    """Softcap and mask of scores `y [T, R]` of tokens at `slot [T]`, minus infinity where not seen.
+
+    `row` and `here [R]`: offset of the row's mask, and its query's slot; `seen [T]`: whether a token exists.
+    """
+    offset, window, ahead, softcap, column = limits
+    if SOFTCAP:
+        x = tl.exp2(y * (2 / softcap))  # of e ** (2 s / cap); y is s * log2(e)
+        y = softcap * LOG2E * (1 - 2 / (x + 1))
+    keep = seen[:, None] & (slot[:, None] > here[None, :] - window) & (slot[:, None] <= here[None, :] + ahead)
+    keep = keep & (slot >= offset)[:, None]
+    if MASK > 0:
+        bias = tl.load(mask + row[None, :] + (slot - offset).to(tl.int64)[:, None] * column, mask=keep, other=0)
+        if MASK == 1:
+            keep = keep & (bias != 0)
+        else:
+            bias = bias.to(tl.float32)
+            keep = keep & (bias > -float("inf"))
+            y += tl.maximum(bias, LOWEST / LOG2E) * LOG2E
+    return tl.where(keep, y, -float("inf"))
+
+
+@triton.jit
+def mask_row(b, h, r, groups, steps, length, sb, sh, st):
+    """Offset of each row `r`'s line of the mask, and the slot of its query."""
+    return b.to(tl.int64) * sb + (h * groups + r // steps).to(tl.int64) * sh + (r % steps).to(tl.int64) * st, (
+        length - steps + r % steps
+    )
+
+
+@triton.jit
+def reorder(p, KB: tl.constexpr, VB: tl.constexpr, R: tl.constexpr):
+    """Rows `[64, R]` from the keys' order of tokens (`token_of`) to that of the values' tile, bit by bit."""
+    p = tl.reshape(p, (2, 2, 2, 2, 2, 2, R))
+    if KB >= 4:
+        p = tl.permute(p, (2, 3, 4, 5, 0, 1, 6))
+    elif KB > 0:
+        p = tl.permute(p, (2, 0, 3, 4, 5, 1, 6))
+    if VB >= 4:
+        p = tl.permute(p, (4, 5, 1, 2, 3, 0, 6))
+    elif VB > 0:
+        p = tl.permute(p, (1, 5, 2, 3, 4, 0, 6))
+    return tl.reshape(p, (64, R))
+
+
+@triton.jit
+def constant_part(cos_high, cos_low, sin_high, sin_low, along, across):
+    """`cos @ along + sin @ across`, both split in two fp16 numbers: errors of 1e-6, where one fp16 leaves 5e-4."""
+    high = along.to(tl.float16)
+    low = (along - high.to(tl.float32)).to(tl.float16)
+    y = tl.dot(cos_high, low, tl.dot(cos_low, high, tl.dot(cos_high, high)))
+    high = across.to(tl.float16)
+    low = (across - high.to(tl.float32)).to(tl.float16)
+    return tl.dot(sin_high, low, tl.dot(sin_low, high, tl.dot(sin_high, high, y)))

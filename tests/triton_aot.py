@@ -1,0 +1,237 @@
+"""Compile the Triton kernels for GPUs that are not here, and read what the compiler made of them.
+
+    python tests/triton_aot.py [--all | --only VARIANT [TARGET...]] [--update | --json]
+
+It prints a table of what the tests check, or of every variant; `--update` records it as what is allowed from then on.
+
+Needs no GPU: triton ships ptxas, nvdisasm and LLVM's AMDGPU backend. Instructions a code are those of the hot loop (the
+smallest loop with matrix instructions: pages that every query sees whole) times lanes, over the codes of a page's keys
+and values, everything included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BUDGETS = Path(__file__).with_name("triton_budgets.json")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# Instructions a code that a hot loop may take at all, whatever is recorded.
+REQUIRED = {("4x4 d128", "sm_80"): 3.3, ("4x4 d128", "sm_90"): 3.3, ("2x2 d128", "sm_80"): 3.0,
+            ("2x2 d128", "sm_90"): 3.0, ("4x4 d64", "sm_80"): 5.0, ("4x4 d64", "sm_90"): 5.0}  # fmt: skip
+
+_TYPES = {
+    "fp16": "rotated relative key_levels value_levels",
+    "bf16": "query sink_k sink_v recent_k recent_v side_k side_v out k v",
+    "i32": "pages ints key_tables key_widths key_offsets value_tables value_widths value_offsets widths offsets",
+    "i64": "side_slots",
+    "fp32": "factors constants coefficients starts mixed tops totals key_affine value_affine matrix norm key_mean "
+    "center_mean mask value_mean sink_logits key_center key_matrix key_weight key_edges value_matrix value_weight "
+    "value_edges levels",
+}
+_POINTERS = {name: kind for kind, names in _TYPES.items() for name in names.split()}
+# Of the kernels of pages, which see bytes and levels as they are.
+_PAGES = {"pages": "u8", "key_levels": "fp32", "value_levels": "fp32", "out": "fp32", "relative": "fp32"}
+_FLOATS = {"softcap", "scale"}
+# Numbers that are multiples of 16 in any real cache, as the launcher finds out.
+_ALIGNED = {"batch_words", "page_words", "key_codes", "key_scales", "value_codes", "value_scales", "starts_b",
+            "starts_n", "qb", "qh", "qt", "page_bytes", "kb", "kn", "kh", "kt", "vb", "vn", "vh", "vt"}  # fmt: skip
+
+
+def variants() -> dict[str, tuple[str, dict]]:
+    """Name -> (kernel, constants that differ from the usual ones)."""
+    found = {f"{k}x{v} d{d}": ("partials", {"KB": k, "VB": v, "D": d})
+             for k, v, d in [(4, 4, 128), (2, 2, 128), (3, 3, 128), (5, 4, 128), (5, 5, 128), (4, 4, 64), (5, 4, 64),
+                             (4, 4, 80), (4, 4, 256), (5, 4, 256)]}  # fmt: skip
+    found["4x4 d128, constant part"] = ("partials", {"KB": 4, "VB": 4, "CENTER": True})
+    found["5x4 d128, constant part"] = ("partials", {"KB": 5, "VB": 4, "CENTER": True})
+    found["5x4 d64, constant part"] = ("partials", {"KB": 5, "VB": 4, "D": 64, "CENTER": True})
+    found["4x4 d128, mask"] = ("partials", {"KB": 4, "VB": 4, "MASK": 2})
+    found["gathered 4x4 d128"] = ("partials", {"KU": 4, "VU": 4})
+    found["gathered 8x8 d128"] = ("partials", {"KU": 8, "VU": 8})
+    found["mixed widths d128"] = ("partials", {})
+    found["mixed widths d128, constant part"] = ("partials", {"CENTER": True})
+    for name in ("prepare", "combine", "encode_kernel", "unpack_kernel"):
+        found[name] = (name, {"KU": 4, "VU": 4} if "_" in name else {})
+    found["encode_kernel, mixed widths"] = ("encode_kernel", {})
+    return found
+
+
+NVIDIA = TARGETS[:-1]
+# What the tests compile: the variants with a required speed everywhere, one of each other kind.
+GATE = {
+    "4x4 d128": TARGETS,
+    "2x2 d128": ("sm_80", "sm_90"),
+    "4x4 d64": ("sm_80", "sm_90"),
+    "3x3 d128": ("sm_90",),
+    "5x4 d128": ("sm_100", "sm_120"),
+    "5x4 d128, constant part": ("sm_80", "sm_90"),
+    "mixed widths d128": ("sm_80",),
+    "prepare": ("sm_90", "gfx942"),
+    "combine": ("sm_90", "gfx942"),
+    "encode_kernel": ("sm_90", "gfx942"),
+    "unpack_kernel": ("sm_90",),
+}
+
+
+def _constants(kernel, target: str, given: dict) -> dict:
+    dim = given.get("D", 128)
+    padded = 1 << (dim - 1).bit_length()
+    amd = target.startswith("gfx")
+    usual = {
+        "H": 8, "ROWS": 4, "RB": 16 if amd else 8, "D": dim, "DP": padded, "DV": dim, "DVP": padded, "KB": 0, "KU": 0,
+        "VB": 0, "VU": 0, "HALF": dim // 2, "HP": padded // 2, "SOFTCAP": False, "MASK": 0, "INTERLEAVED": False,
+        "SIDE": True, "SINKS": True, "KEY_FIT": True, "VALUE_FIT": True, "CENTER": kernel.fn.__name__ != "partials",
+    }  # fmt: skip
+    usual.update(given)
+    if amd and usual["KB"]:  # tables are for NVIDIA
+        usual.update(KU=usual["KB"], VU=usual["VB"], KB=0, VB=0)
+    usual["UNIFORM"] = usual["KU"]
+    return {name: value for name, value in usual.items() if name in kernel.arg_names}
+
+
+def compile_kernel(kernel, target: str, given: dict):
+    """`(compiled kernel, warps, ptxas' words)`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_seqkv.kernels.triton_partials import partials, partials_options
+    from hf_seqkv.kernels.triton_rows import WARPS
+
+    constants = _constants(kernel, target, given)
+    pointers = {**_POINTERS, **_PAGES} if "_kernel" in kernel.fn.__name__ else _POINTERS
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = "*" + pointers[name] if name in pointers else "fp32" if name in _FLOATS else "i32"
+        if name in pointers or name in _ALIGNED:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    options = {"num_warps": 8 if "encode" in kernel.fn.__name__ else 4}
+    if kernel is partials:
+        options = partials_options(constants["KB"] > 0, constants["KU"] > 0)
+    elif kernel.fn.__name__ in WARPS:
+        options = {"num_warps": WARPS[kernel.fn.__name__]}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        compiled = triton.compile(source, target=where, options=options)
+    return compiled, options["num_warps"], said.getvalue()
+
+
+def _loops(lines: list[tuple[str | None, str]], target_of) -> list[list[str]]:
+    """Bodies of backward branches."""
+    at = {label: i for i, (label, _) in enumerate(lines) if label}
+    ends = [(at[target_of(text)], i) for i, (_, text) in enumerate(lines) if target_of(text) in at]
+    return [[text for _, text in lines[begin : end + 1]] for begin, end in ends if begin <= end]
+
+
+def _nvidia(compiled, said: str) -> tuple[dict, list, str]:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([folder / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    ptx, lines, label = compiled.asm["ptx"], [], None
+    for line in sass.splitlines():
+        if match := re.match(r"\s*\.?(L_x_\d+):", line):
+            label = match[1]
+        elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            lines.append((label, match[1]))
+            label = None
+
+    def target_of(text):
+        match = re.search(r"\bBRA(?:\.\w+)*\b.*?\(?\.(L_x_\d+)", text)
+        return match and match[1]
+
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x)?(\w+)", ptx)
+    facts = {
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", said))),
+        "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
+        "copies": sorted({int(size, 16) for _, size in copies}),
+    }
+    return facts, _loops(lines, target_of), r"\b[A-Z]*MMA\b|\bHMMA"
+
+
+def _amd(compiled) -> tuple[dict, list, str]:
+    text, lines, label = compiled.asm["amdgcn"], [], None
+    for line in text.splitlines():
+        if match := re.match(r"(\.LBB\w+):", line):
+            label = match[1]
+        elif re.match(r"\t[a-z]\w+", line):
+            lines.append((label, line.strip()))
+            label = None
+
+    def target_of(text):
+        match = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", text)
+        return match and match[1]
+
+    def number(name):
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(match[1]) if match else 0
+
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return {"registers": number("vgpr_count"), "spills": spills}, _loops(lines, target_of), r"v_mfma"
+
+
+def measure(name: str, target: str) -> dict:
+    """Registers, bytes spilt, shared bytes, matrix instructions and instructions a code of a variant."""
+    from hf_seqkv.kernels import triton_pages, triton_partials, triton_rows
+
+    which, given = variants()[name]
+    kernel = next(getattr(m, which) for m in (triton_partials, triton_rows, triton_pages) if hasattr(m, which))
+    compiled, warps, said = compile_kernel(kernel, target, given)
+    facts, loops, mma = _nvidia(compiled, said) if target.startswith("sm_") else _amd(compiled)
+    facts["shared"] = compiled.metadata.shared
+    if which == "partials":
+        # One loop for pages seen whole and one for the others, which is the longer; loops inside them hold less.
+        found = sorted((len(loop), sum(bool(re.search(mma, text)) for text in loop)) for loop in loops)
+        length, facts["mma"] = min((pair for pair in found if pair[1] > 2), default=(0, 0))
+        lanes = warps * (64 if target.startswith("gfx") else 32)
+        facts["per_code"] = round(length * lanes / (2 * 64 * given.get("D", 128)), 2)
+    return facts
+
+
+def main(arguments: list[str]) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    todo = dict.fromkeys(variants(), TARGETS) if "--all" in arguments else GATE
+    if "--only" in arguments:
+        todo = {arguments[arguments.index("--only") + 1]: [t for t in TARGETS if t in arguments] or TARGETS}
+    found = {}
+    if "--json" not in arguments:
+        print(
+            f"{'variant':<36}{'target':<9}{'ins/code':>9}{'regs':>6}{'spills':>8}{'shared':>8}{'mma':>6}  copies, bytes"
+        )
+    for name, targets in todo.items():
+        for target in targets:
+            facts = found.setdefault(name, {})[target] = measure(name, target)
+            if "--json" not in arguments:
+                cells = (facts.get("per_code", ""), facts["registers"], facts["spills"], facts["shared"])
+                print(f"{name:<36}{target:<9}{cells[0]:>9}{cells[1]:>6}{cells[2]:>8}{cells[3]:>8}"
+                      f"{facts.get('mma', ''):>6}  {facts.get('copies', '')}", flush=True)  # fmt: skip
+    if "--json" in arguments:
+        print(json.dumps(found))
+    if "--update" in arguments:
+        recorded = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+        for name, facts in found.items():
+            recorded.setdefault(name, {}).update(facts)
+        BUDGETS.write_text(json.dumps(recorded, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    main(sys.argv[1:])
