@@ -84,7 +84,7 @@ def test_attention_by_hand():
     layer = values * (2 * dense * 2 + coded * (5 + 4 + 2 * 16 / 128) / 8)
     assert row.coded.kv_bytes == 32 * layer
     assert row.coded.memory_seconds == pytest.approx(32 * layer / 3.35e12)
-    issued = values * (2 * dense * 2.25 + coded * (roofline.ESTIMATES[5] + 3.3))
+    issued = values * (2 * dense * 2.25 + coded * (roofline.INSTRUCTIONS[5] + roofline.INSTRUCTIONS[4]))
     assert row.coded.issue_seconds == pytest.approx(32 * issued / (132 * 128 * 1.83e9))
     assert row.coded.seconds == row.coded.memory_seconds
     assert row.dense.seconds == pytest.approx(32 * 10.0e-6, rel=0.01)
@@ -157,7 +157,7 @@ def test_fewer_bits_read_less(context, batch, gpu):
         ({"context": 8192, "batch": 32}, "wins", "wins"),
         ({"context": 131072, "batch": 8}, "fits", "only the coded cache fits: 52 GB, dense 153 GB of 80"),
         ({"context": 131072, "batch": 32}, "too large", "does not fit: 158 GB of 80"),
-        ({"context": 131072, "batch": 1, "gpu": GPUS["b200"]}, "wins", "issue-bound at 70% of the bandwidth"),
+        ({"context": 131072, "batch": 1, "gpu": GPUS["b200"]}, "wins", "issue-bound at 81% of the bandwidth"),
         ({"context": 8192, "batch": 1, "given": Assumptions(launches=0)}, "none", "weights are 93% of the dense step"),
         (
             {"context": 8192, "batch": 8, "given": Assumptions(launch_seconds=1e-4)},
@@ -368,13 +368,19 @@ def test_command(tmp_path, capsys):
     assert plot.stat().st_size > 0
 
 
+def test_an_estimated_count_is_marked(capsys):
+    assert main(["bench", "roofline", "--bits", "6"]) == 0
+    assert "7.42 at 6 bits (an estimate, not compiled)" in capsys.readouterr().err
+
+
 def test_defaults_are_the_caches_own(capsys):
-    """One rate, keys 5 and values 4 bits; the 5-bit count is marked as estimated."""
+    """One rate, keys 5 and values 4 bits."""
     assert main(["bench", "roofline"]) == 0
     shown = capsys.readouterr()
+    assert "estimate" not in shown.err
     assert shown.out == ""
     assert shown.err.count("5/4  ") == 9
-    assert "4.1 at 5 bits (an estimate, not compiled)" in shown.err
+    assert "5.3 at 5 bits" in shown.err
     assert "68 tokens of a row stay dense" in shown.err
 
 

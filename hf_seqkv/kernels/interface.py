@@ -147,6 +147,9 @@ def _obstacle(name: str, codec: PageCodec, device: torch.device) -> str | None:
     if name == "triton":
         from .triton_attend import supports
 
+        nvidia = torch.cuda.is_available() and torch.version.hip is None
+        if nvidia and torch.cuda.get_device_capability(device) < (8, 0):
+            return "the Triton kernels need compute capability 8.0 (Ampere)"
         return supports(codec)
     return None
 
