@@ -205,7 +205,7 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
     from ..eval import bench_kernels, bench_report, bench_timing
 
-    print("the first time on a machine the kernel is compiled, about 30 s", file=sys.stderr)
+    print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
     shapes = [bench_kernels.Shape(*shape) for shape in args.shape]
     # "4" and "4c" are one rate where all are centred
     rates = list(dict.fromkeys(bench_kernels.Rate(k, v, center or args.center) for k, v, center in args.bits))
@@ -260,7 +260,7 @@ def _run_decode(args: argparse.Namespace) -> int:
 
     from ..eval import bench_decode, bench_kernels, bench_report, bench_timing, smollm2
 
-    print("the first time on a machine the kernel is compiled, about 30 s", file=sys.stderr)
+    print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
     machine, backend = bench_timing.machine(), bench_kernels.chosen_backend(options.get("backend", "auto"))
     before, runs = torch.get_num_threads(), []
     threads = args.threads or before

@@ -28,7 +28,6 @@ from ..kernels.interface import DenseRun, LayerView, Scoring, select_backend
 from .bench_timing import interleaved, last_level_cache, spread, with_speedup
 
 BASELINE = "bmm bf16"
-TOLERANCE = 5e-4  # of the largest output: what the compiled kernel promises
 LAYERS = 30  # most copies
 BEYOND = 4  # last-level caches that the dense copies fill together
 MEMORY = 4e9  # bytes of all copies
@@ -183,17 +182,17 @@ def _copy(view: LayerView) -> LayerView:
 # -- the measurement ---------------------------------------------------------------------------------------------------
 
 
-def verify(name: str, out: torch.Tensor, expected: torch.Tensor) -> float:
+def verify(name: str, out: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
     """Largest difference, as a part of the largest output.
 
     Raises:
-        BackendError: It exceeds `TOLERANCE`, or is not a number.
+        BackendError: It exceeds `tolerance`, what the backend promises, or is not a number.
     """
     error = ((out - expected).abs().max() / expected.abs().max()).item()
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         raise BackendError(
             f"{name}: the kernel differs from the reference by {error:.1e} of the largest output; at most "
-            f"{TOLERANCE:.0e} is allowed, so its times mean nothing. Please report this with `seqkv inspect --env`"
+            f"{tolerance:.0e} is allowed, so its times mean nothing. Please report this with `seqkv inspect --env`"
         )
     return error
 
@@ -261,20 +260,21 @@ def _rows(shape, tokens, rates, threads, dtype, seconds, warm):
     query = torch.randn(1, shape.query_heads, 1, shape.dim).to(dtype)
     keys, values = (torch.randn(1, shape.heads, tokens, shape.dim, dtype=torch.bfloat16) for _ in "kv")
     routes = dense_routes(shape, query, keys, values, copies)
-    views, expected, attends = {}, {}, {}
+    views, expected, backends = {}, {}, {}
     exact = query.float(), Scoring(shape.dim**-0.5)  # the output is not rounded to bf16 before it is compared
     for rate, codec in codecs.items():
         view = make_view(codec, tokens, rate.center, dtype)
-        attend = select_backend("auto", codec, query.device).attend_codes
-        routes[rate.name] = coded_route(view, query, attend, copies)
-        views[rate.name], attends[rate.name] = view, attend
+        backend = select_backend("auto", codec, query.device)
+        routes[rate.name] = coded_route(view, query, backend.attend_codes, copies)
+        views[rate.name], backends[rate.name] = view, backend
         expected[rate.name] = reference.attend_codes(exact[0], view, None, exact[1])
     for number in threads:
         torch.set_num_threads(number)
         errors = {}
         for name, view in views.items():
-            out = attends[name](exact[0], view, None, exact[1])
-            errors[name] = verify(f"{shape.name}, {tokens} tokens, {name} bits", out, expected[name])
+            out = backends[name].attend_codes(exact[0], view, None, exact[1])
+            what = f"{shape.name}, {tokens} tokens, {name} bits"
+            errors[name] = verify(what, out, expected[name], backends[name].tolerance)
         times = interleaved({name: route.call for name, route in routes.items()}, copies, seconds)
         found = with_speedup({name: spread(of) | {"bytes": routes[name].size} for name, of in times.items()}, BASELINE)
         for name, error in errors.items():

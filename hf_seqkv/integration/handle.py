@@ -38,7 +38,7 @@ class Handle(torch.Tensor):
 
     def materialize(self) -> torch.Tensor:
         """The dense tensor, zeros where a row holds nothing (its padding)."""
-        return materialize(self.view_, self.side, self.dtype)
+        return materialize(self.view_, self.side, self.dtype, self.backend)
 
     def __repr__(self, **kwargs):
         return f"Handle(shape={tuple(self.shape)}, side={'kv'[self.side]!r}, dtype={self.dtype})"
@@ -58,14 +58,15 @@ class Handle(torch.Tensor):
         return self.materialize().to(*args, **kwargs)
 
 
-def materialize(view: LayerView, side: int, dtype: torch.dtype) -> torch.Tensor:
+def materialize(view: LayerView, side: int, dtype: torch.dtype, backend: str) -> torch.Tensor:
     """Dense keys (`side=0`) or values of a view, `[B, H, length - offset, D]`."""
     runs = [(run.k, run.v)[side] for run in (view.sinks, view.recent)]
     batch, heads, _, dim = runs[1].shape
     out = runs[1].new_zeros(batch, heads, view.length - view.offset, dim, dtype=dtype)
     pages = max(view.counts, default=0)
     if pages:
-        paged = view.codec.decode(view.pages[:, :pages])[side]
+        chosen = select_backend(backend, view.codec, view.pages.device)
+        paged = chosen.decode_pages(view.codec, view.pages[:, :pages])[side]
         if side == 0 and view.center is not None:
             paged = paged + view.center.keys(0, pages)
         paged = paged.to(dtype).transpose(1, 2).flatten(2, 3)  # [B, H, N * P, D]

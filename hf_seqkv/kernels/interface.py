@@ -110,32 +110,38 @@ class Backend:
     Args:
         name: As in `SeqKVConfig.backend`.
         attend_codes: As `reference.attend_codes`.
-        encode_pages: As `reference.encode_pages`.
+        encode_pages, decode_pages: As `reference.encode_pages` and `reference.decode_pages`.
+        tolerance: Largest difference of `attend_codes` from the reference, as a part of the largest output.
     """
 
     name: str
     attend_codes: Callable
     encode_pages: Callable
+    decode_pages: Callable
+    tolerance: float
 
 
 @functools.cache
 def _backend(name: str) -> Backend | str:
     """A backend, or why it cannot be imported here."""
-    threads = torch.get_num_threads()
+    from .reference import attend_codes, decode_pages, encode_pages
+
+    threads, tolerance = torch.get_num_threads(), 0.0
     try:
         if name == "cpu":
-            from .cpu import attend_codes, encode_pages
+            from . import cpu
+
+            attend_codes, encode_pages, tolerance = cpu.attend_codes, cpu.encode_pages, cpu.tolerance()
         elif name == "triton":
+            from .triton_attend import TOLERANCE as tolerance
             from .triton_attend import attend_codes
-            from .triton_pages import encode_pages
-        else:
-            from .reference import attend_codes, encode_pages
+            from .triton_pages import decode_pages, encode_pages
     except ImportError as error:
         package = {"cpu": "numba", "triton": "triton"}[name]
         return f"{package} cannot be imported ({error}): pip install {package}"
     finally:
         torch.set_num_threads(threads)  # numba's OpenMP pool may reset torch's count as it starts
-    return Backend(name, attend_codes, encode_pages)
+    return Backend(name, attend_codes, encode_pages, decode_pages, tolerance)
 
 
 def _obstacle(name: str, codec: PageCodec, device: torch.device) -> str | None:

@@ -71,6 +71,11 @@ def encode_pages(codec: PageCodec, k: torch.Tensor, v: torch.Tensor, center: Cen
     return codec.encode(k, v)
 
 
+def decode_pages(codec: PageCodec, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys `[..., H, P, Dk]`, without their constant part, and values `[..., H, P, Dv]` of `[..., page_bytes]`."""
+    return codec.decode(pages)
+
+
 class OnlineSoftmax:
     """Running maximum, denominator and output of every query. Source: Milakov and Gimelshein, arXiv 1805.02867."""
 

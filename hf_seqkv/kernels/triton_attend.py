@@ -25,6 +25,7 @@ from .interface import LayerView, Scoring
 from .triton_partials import partials, partials_options
 from .triton_rows import WARPS, combine, prepare
 
+TOLERANCE = 1.2e-2  # of the largest output, by byte tables
 FAR = 1 << 30  # a window, or a look ahead, without end
 TABLE_BITS = (2, 3, 4, 5)
 

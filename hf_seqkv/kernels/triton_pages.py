@@ -240,3 +240,9 @@ def unpack_codes(codec: QuantizedPageCodec, pages: torch.Tensor) -> tuple[torch.
             )  # fmt: skip
         outs.append(out)
     return tuple(outs)
+
+
+def decode_pages(codec: QuantizedPageCodec, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.decode_pages`."""
+    sides = zip((codec.key, codec.value), unpack_codes(codec, pages), strict=True)
+    return tuple(x @ side.decode_matrix + side.mean[:, None] for side, x in sides)
