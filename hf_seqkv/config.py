@@ -18,6 +18,7 @@ CHOICES = {
     "rotation": ("hadamard", "orthogonal"),
     "codebook": ("lloyd_max", "uniform"),
     "scale": ("fit", "norm"),
+    "scale_bits": (8, 16),
 }
 # Options that only the data-free method reads, with their defaults. A calibration brings its own.
 DATA_FREE = {
@@ -27,6 +28,7 @@ DATA_FREE = {
     "rotation": "hadamard",
     "codebook": "lloyd_max",
     "scale": "fit",
+    "scale_bits": 8,
     "center_keys": True,
     "seed": 0,
 }
@@ -49,6 +51,7 @@ class SeqKVConfig:
             `"orthogonal"`, the QR factor of a Gaussian matrix, as published.
         codebook: `"lloyd_max"` for a coordinate of a random unit vector, or `"uniform"`.
         scale: `"fit"` stores the least-squares gain of each vector, `"norm"` its length, as published.
+        scale_bits: Of a stored scale: 8, or 16, as published.
         center_keys: Remove each row's constant key component, before RoPE where the model's RoPE is known.
         seed: Of the random rotation.
 
@@ -67,6 +70,7 @@ class SeqKVConfig:
     rotation: str | None = None
     codebook: str | None = None
     scale: str | None = None
+    scale_bits: int | None = None
     center_keys: bool | None = None
     seed: int | None = None
 
@@ -126,6 +130,7 @@ class SeqKVConfig:
             rotation="orthogonal",
             codebook="lloyd_max",
             scale="norm",
+            scale_bits=16,
             center_keys=False,
             **windows,
         )

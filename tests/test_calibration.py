@@ -11,6 +11,8 @@ from transformers import DynamicCache
 from hf_seqkv import SeqKVCache, SeqKVCalibration, calibrate
 from hf_seqkv.calibration.artifact import CONFIG_NAME, TENSORS_NAME
 from hf_seqkv.calibration.fit import allocate_widths
+from hf_seqkv.calibration.overlap import TENSOR as SHINGLES
+from hf_seqkv.calibration.overlap import overlap, shingles
 from hf_seqkv.errors import (
     CalibrationMismatchError,
     CalibrationNotFoundError,
@@ -35,7 +37,7 @@ TEXT = " ".join(str(i * i % 131 + i % 7) for i in range(3000))
 
 
 def make(name="llama", **options):
-    options = {"tokens": 1024, "window": 128, "progress": False} | options
+    options = {"tokens": 1024, "window": 128, "progress": False, "sequence": False} | options
     return calibrate(tiny(name), Words(), [TEXT], **options)
 
 
@@ -47,6 +49,12 @@ def llama():
 @pytest.fixture
 def saved(llama, tmp_path):
     return llama.save_pretrained(tmp_path / "calibration")
+
+
+@pytest.fixture(scope="module")
+def complete():
+    """With a sequence codec and held tokens, whose gradients need longer windows."""
+    return make(tokens=792, window=264, sequence=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -106,8 +114,9 @@ def test_rotations_are_orthogonal_and_rates_exact(llama):
             assert (tensor.sum(-1, dtype=torch.int64) == bits * tensor.shape[-1]).all()
 
 
-def test_allocate_widths_is_optimal():
-    """Against trying every allocation."""
+@pytest.mark.parametrize(("bits", "allowed"), [(3, (2, 3, 4)), (2.25, (2, 3)), (3.75, (3, 4))])
+def test_allocate_widths_is_optimal(bits, allowed):
+    """Against trying every allocation of the widths next to `bits`."""
     import itertools
 
     from hf_seqkv.codec.quantize import distortion
@@ -117,8 +126,30 @@ def test_allocate_widths_is_optimal():
     def error(widths):
         return sum(v * distortion(w, 4) for v, w in zip(variance.tolist(), widths, strict=True))
 
-    best = min((w for w in itertools.product(range(1, 6), repeat=4) if sum(w) == 12), key=error)
-    assert error(allocate_widths(variance, 3, spread=2).tolist()) == pytest.approx(error(best))
+    best = min((w for w in itertools.product(allowed, repeat=4) if sum(w) == 4 * bits), key=error)
+    widths = allocate_widths(variance, bits).tolist()
+    assert sum(widths) == 4 * bits
+    assert error(widths) == pytest.approx(error(best))
+
+
+def test_quarters_of_a_bit():
+    made = make(key_bits=4.25, value_bits=3.75)
+    for name, tensor in made.tensors.items():
+        if name.endswith("widths"):
+            bits = 4.25 if ".key." in name else 3.75
+            assert (tensor.sum(-1, dtype=torch.int64) == bits * tensor.shape[-1]).all()
+    cache = SeqKVCache(config=tiny("llama").config, calibration=made, page_size=64, residual_length=8)
+    with torch.no_grad():
+        tiny("llama")(prompt(1, 100)[0], past_key_values=cache)
+    assert cache.memory()["codes"] == 3 * 64 * 2 * 16 * 8 // 8  # layers, tokens, heads, dim; 4.25 + 3.75 bits
+
+
+def test_texts_leave_their_shingles(llama):
+    """The calibration knows its own text again, and no other."""
+    other = " ".join(str(i * i * i % 127) for i in range(3000))
+    mine, foreign = (shingles(Words()(text)["input_ids"]) for text in (TEXT, other))
+    assert overlap(llama.tensors[SHINGLES], mine) > 0.3  # a third of it was used
+    assert overlap(llama.tensors[SHINGLES], foreign) == 0
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
@@ -158,8 +189,8 @@ def test_other_weights_warn(llama):
 
 def test_future_format_is_refused(saved):
     config = json.loads((saved / CONFIG_NAME).read_text())
-    (saved / CONFIG_NAME).write_text(json.dumps(config | {"format_version": 2}))
-    with pytest.raises(CalibrationMismatchError, match="version 2, this hf_seqkv reads 1"):
+    (saved / CONFIG_NAME).write_text(json.dumps(config | {"format_version": 3}))
+    with pytest.raises(CalibrationMismatchError, match="version 3, this hf_seqkv reads 2"):
         SeqKVCalibration.from_pretrained(saved)
 
 
@@ -177,10 +208,54 @@ def test_missing_parts_are_named(saved, llama):
     (saved / TENSORS_NAME).unlink()
     with pytest.raises(CalibrationNotFoundError, match=TENSORS_NAME):
         SeqKVCalibration.from_pretrained(saved)
-    short = SeqKVCalibration(dict(list(llama.tensors.items())[1:]), llama.config)
+    short = SeqKVCalibration({k: v for k, v in llama.tensors.items() if k != "0.key.std"}, llama.config)
     short.save_pretrained(saved)
-    with pytest.raises(FormatError, match="lacks"):
+    with pytest.raises(FormatError, match=r"lacks 0\.key\.std"):
         SeqKVCalibration.from_pretrained(saved)
+
+
+# The sequence codec.
+
+
+def test_sequence_codec_survives_files(complete, tmp_path):
+    loaded = SeqKVCalibration.from_pretrained(complete.save_pretrained(tmp_path))
+    for profile, predicts in (("full", True), ("light", False)):
+        ours, theirs = (x.sequence_codec(profile) for x in (complete, loaded))
+        assert ours.predicts == predicts
+        assert ours.fingerprint == theirs.fingerprint
+        assert ours.base == theirs.base
+        for a, b in zip(ours.parts, theirs.parts, strict=True):
+            assert torch.equal(a.importance, b.importance)
+    assert complete.sequence_codec("full").fingerprint != complete.sequence_codec("light").fingerprint
+    assert complete.sequence_codec("full", 3).step == 3
+
+
+def test_sequence_codec_is_as_deterministic_as_the_rest(complete, tmp_path):
+    again = make(tokens=792, window=264, sequence=True).save_pretrained(tmp_path / "again")
+    first = complete.save_pretrained(tmp_path / "first")
+    for name in (TENSORS_NAME, CONFIG_NAME):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_missing_profiles_are_named(llama, complete):
+    with pytest.raises(ConfigError, match=r"no sequence codec 'full' \(it has: none\).*seqkv calibrate"):
+        llama.sequence_codec()
+    with pytest.raises(ConfigError, match=r"no sequence codec 'fine' \(it has: full, light\)"):
+        complete.sequence_codec("fine")
+    with pytest.raises(ConfigError, match=r"no preset 'tiny'"):
+        complete.sequence_codec("full", "tiny")
+
+
+def test_held_tokens_are_the_calibrations_share(complete):
+    """About as many as were asked for, of other tokens, on the first layer; none where none were asked for."""
+    cache = SeqKVCache(config=tiny("llama").config, calibration=complete, **SMALL)
+    with torch.no_grad():
+        tiny("llama")(prompt(4, 500)[0], past_key_values=cache)
+    paged = 8 * sum(cache.layers[0].counts)
+    assert 0 < sum(cache.layers[0].held.counts) < 0.1 * paged
+    assert complete.config["held"] == 0.01
+    none = make(tokens=792, window=264, sequence=True, held=0)
+    assert not any(name.endswith("held") for name in none.tensors)
 
 
 def test_hub_cache_and_offline(saved, monkeypatch, tmp_path):
@@ -232,8 +307,11 @@ def test_push_to_hub(llama, monkeypatch):
 def test_calibrate_refuses():
     with pytest.raises(ConfigError, match="give more text"):
         calibrate(tiny("llama"), Words(), ["1 2 3"], progress=False)
-    with pytest.raises(ConfigError, match="key_bits=6"):
-        make(key_bits=6)
+    for bits in (6, 1.75, 4.1):
+        with pytest.raises(ConfigError, match=f"key_bits={bits}.*steps of a quarter"):
+            make(key_bits=bits)
+    with pytest.raises(ConfigError, match="too short for gradients"):
+        make(sequence=True)
     with pytest.warns(SeqKVWarning, match="more text"):
         make(tokens=100_000)
     from transformers import AutoModelForCausalLM, Qwen3NextConfig
@@ -247,7 +325,7 @@ def test_calibrate_refuses():
         )
     )  # fmt: skip
     with pytest.warns(SeqKVWarning, match="stay uncompressed"), pytest.raises(UnsupportedModelError, match="1 of 4"):
-        calibrate(hybrid, Words(), [TEXT], progress=False)
+        calibrate(hybrid, Words(), [TEXT], tokens=1024, window=128, progress=False)
 
 
 def test_card_has_every_number(llama):

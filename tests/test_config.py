@@ -87,6 +87,7 @@ def test_published_turboquant(bits):
         rotation="orthogonal",
         codebook="lloyd_max",
         scale="norm",
+        scale_bits=16,
         center_keys=False,
         page_size=128,
         n_sink=0,

@@ -34,6 +34,7 @@ class Case:
     key_widths: int | tuple[int, ...] = 5
     value_widths: int | tuple[int, ...] = 4
     scale: str = "fit"
+    scale_bits: int = 16
     half: int | None = None
     interleaved: bool = False
     dtype: torch.dtype = torch.float32
@@ -55,7 +56,7 @@ def exact_codec(case):
                 levels[head, width, : 2**width] = step * (torch.arange(2**width) - (2**width - 1) / 2)
         mean = torch.randint(-2, 3, (case.heads, dim)).float()
         widths = widths_of(case.heads, dim, bits)
-        return VectorCodec(identity, identity, mean, widths, levels, case.scale, case.page_size)
+        return VectorCodec(identity, identity, mean, widths, levels, case.scale, case.page_size, case.scale_bits)
 
     return QuantizedPageCodec(side(case.dim, case.key_widths), side(case.value_dim, case.value_widths))
 
@@ -74,7 +75,7 @@ def real_codec(case):
         basis = torch.stack([random_rotation(dim, "orthogonal", seed + h) for h in range(case.heads)])
         mean = torch.randn(case.heads, dim)
         matrix = (basis / gains).transpose(1, 2).contiguous()
-        return VectorCodec(matrix, basis * gains, mean, widths, levels, case.scale, case.page_size)
+        return VectorCodec(matrix, basis * gains, mean, widths, levels, case.scale, case.page_size, case.scale_bits)
 
     return QuantizedPageCodec(side(case.dim, case.key_widths, 0), side(case.value_dim, case.value_widths, 50))
 
@@ -154,6 +155,8 @@ BASE = {
     "no component turned": Case(half=0),
     "norm": Case(scale="norm", half=32),
     "mixed norm": Case(scale="norm", key_widths=(3, 5), value_widths=ALL),
+    "8-bit scales": Case(scale_bits=8, key_widths=(3, 4), value_widths=2, half=16),
+    "8-bit scales, norm": Case(scale="norm", scale_bits=8, page_size=40),
     "bf16": Case(dtype=torch.bfloat16, half=32, value_widths=(2, 4)),
     "fp16": Case(dtype=torch.float16, half=32, value_widths=(2, 4)),
     "fp64": Case(dtype=torch.float64),

@@ -41,6 +41,7 @@ class Case:
     value_dim: int = 64
     page_size: int = 16
     widths: int | tuple[int, ...] = 4
+    scale_bits: int = 16
     counts: tuple[int, ...] = (5, 3)
     pads: tuple[int, ...] = (0, 21)
     sinks: int = 4
@@ -74,6 +75,7 @@ def vector_codec(case, dim, seed):
             codebook="lloyd_max",
             scale="fit",
             seed=seed,
+            scale_bits=case.scale_bits,
         )
     # As a calibration makes them: runs of one width, and every head its basis, gains, mean and levels.
     runs = [case.widths[i * len(case.widths) // dim] for i in range(dim)]
@@ -85,7 +87,14 @@ def vector_codec(case, dim, seed):
     gains = torch.rand(case.heads, dim, 1) + 0.5
     encode_matrix = (basis / gains).transpose(1, 2).contiguous()
     return VectorCodec(
-        encode_matrix, basis * gains, torch.randn(case.heads, dim), widths, levels, "fit", case.page_size
+        encode_matrix,
+        basis * gains,
+        torch.randn(case.heads, dim),
+        widths,
+        levels,
+        "fit",
+        case.page_size,
+        case.scale_bits,
     )
 
 
@@ -283,6 +292,8 @@ CASES = {
     **{f"{bits} bits": Case(widths=bits) for bits in (2, 3, 8)},
     **{f"{bits} bits, page of 64": Case(widths=bits, page_size=64, counts=(2, 1)) for bits in (2, 3, 4, 8)},
     "mixed widths": Case(widths=MIXED),
+    "8-bit scales": Case(scale_bits=8, side=5, half=32),
+    "8-bit scales, page of 64": Case(scale_bits=8, widths=3, side=5, page_size=64, counts=(2, 1)),
     "mixed widths, page of 64": Case(widths=MIXED, page_size=64, counts=(2, 1)),
     "widths 6 and 7, page of 64": Case(widths=(7, 6), page_size=64, counts=(2, 1)),
     "mixed widths, page of 8": Case(widths=MIXED, page_size=8, dim=80, value_dim=96),

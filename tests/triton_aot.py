@@ -53,6 +53,7 @@ def variants() -> dict[str, tuple[str, dict]]:
     found["4x4 d128, constant part"] = ("partials", {"KB": 4, "VB": 4, "CENTER": True})
     found["5x4 d128, constant part"] = ("partials", {"KB": 5, "VB": 4, "CENTER": True})
     found["5x4 d64, constant part"] = ("partials", {"KB": 5, "VB": 4, "D": 64, "CENTER": True})
+    found["4x4 d64, 8-bit scales"] = ("partials", {"KB": 4, "VB": 4, "D": 64, "NARROW": True})
     found["4x4 d128, mask"] = ("partials", {"KB": 4, "VB": 4, "MASK": 2})
     found["gathered 4x4 d128"] = ("partials", {"KU": 4, "VU": 4})
     found["gathered 8x8 d128"] = ("partials", {"KU": 8, "VU": 8})
@@ -70,6 +71,7 @@ GATE = {
     "4x4 d128": TARGETS,
     "2x2 d128": ("sm_80", "sm_90"),
     "4x4 d64": ("sm_80", "sm_90"),
+    "4x4 d64, 8-bit scales": ("sm_90",),
     "3x3 d128": ("sm_90",),
     "5x4 d128": ("sm_100", "sm_120"),
     "5x4 d128, constant part": ("sm_80", "sm_90"),
@@ -88,7 +90,8 @@ def _constants(kernel, target: str, given: dict) -> dict:
     usual = {
         "H": 8, "ROWS": 4, "RB": 16 if amd else 8, "D": dim, "DP": padded, "DV": dim, "DVP": padded, "KB": 0, "KU": 0,
         "VB": 0, "VU": 0, "HALF": dim // 2, "HP": padded // 2, "SOFTCAP": False, "MASK": 0, "INTERLEAVED": False,
-        "SIDE": True, "SINKS": True, "KEY_FIT": True, "VALUE_FIT": True, "CENTER": kernel.fn.__name__ != "partials",
+        "SIDE": True, "SINKS": True, "KEY_FIT": True, "VALUE_FIT": True, "NARROW": False,
+        "CENTER": kernel.fn.__name__ != "partials",
     }  # fmt: skip
     usual.update(given)
     if amd and usual["KB"]:  # tables are for NVIDIA

@@ -36,6 +36,7 @@ CASES = {
     "values wider": case(dim=64, value_dim=80),
     **{f"{bits} bits": case(widths=bits) for bits in (2, 3, 5, 6, 8)},
     "mixed widths": case(widths=MIXED),
+    "8-bit scales": case(scale_bits=8, side=5, half=32),
     "batch of 3": case(counts=(4, 0, 2), pads=(0, 50, 7), half=32),
     "G 1": case(groups=1),
     "G 8": case(groups=8, heads=1),
@@ -69,6 +70,7 @@ CASES = {
 TABLE_CASES = {
     **{f"{bits} bits": case(widths=bits) for bits in (2, 3, 4, 5)},
     "5 bits, dim 80": case(widths=5, dim=80, value_dim=96, half=20),
+    "8-bit scales": case(scale_bits=8, side=5, window=70),
     "dim 128": case(dim=128, value_dim=128, half=64, steps=2, counts=(1,), pads=(0,)),
     "dim 256": case(dim=256, value_dim=256, counts=(1,), pads=(0,)),
     "3 bits, dim 96": case(widths=3, dim=96, value_dim=96, counts=(1,), pads=(0,)),

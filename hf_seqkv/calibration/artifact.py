@@ -12,6 +12,16 @@ Tensors of layer `i`, for `side` in `key`, `value` (all fp32 but `widths`):
     {i}.{side}.std        [H, D]         standard deviation of each component of a vector of length sqrt(D)
     {i}.{side}.widths     [H, D] uint8   bits of each component
     {i}.{side}.levels     [H, 9, n]      codebook of each width, unit variance
+
+Tensors of a sequence codec, of profile `full` (with prediction) or `light`, where there is one; `sequence_part.Part`
+says what they are:
+
+    sequence.{profile}.tables                             [C, 256] uint16   frequencies
+    sequence.{profile}.offsets                            [C, 3]            reconstruction points
+    sequence.{profile}.along                              [P, P]            transform along a page's tokens
+    sequence.{profile}.{i}.{side}.{bias, predictor (fp16), synthesis, sizes, refined, importance, share}
+
+And `texts.shingles`, which tells the texts it was made from (`overlap.py`).
 """
 
 from __future__ import annotations
@@ -27,13 +37,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..codec.page import QuantizedPageCodec
+from ..codec.sequence import SequenceCodec
+from ..codec.sequence_part import Part
+from ..codec.symbol_tables import SymbolTables
 from ..codec.vector import VectorCodec
-from ..errors import CalibrationMismatchError, CalibrationNotFoundError, FormatError, SeqKVWarning
+from ..errors import CalibrationMismatchError, CalibrationNotFoundError, ConfigError, FormatError, SeqKVWarning
+from .hub import CONFIG_NAME, TENSORS_NAME, download
 
-FORMAT_VERSION = 1
-TENSORS_NAME, CONFIG_NAME, CARD_NAME = "calibration.safetensors", "seqkv_config.json", "README.md"
+FORMAT_VERSION = 2
+CARD_NAME = "README.md"
 SIDES = ("key", "value")
 PARTS = ("rotation", "std", "widths", "levels")
+SEQUENCE_PARTS = ("bias", "synthesis", "sizes", "refined", "importance", "share")
+
+
+def sequence_tensors(codec: SequenceCodec, profile: str) -> dict[str, torch.Tensor]:
+    """Tensors of a sequence codec, by name."""
+    found = {"tables": codec.tables.frequencies, "offsets": codec.offsets, "along": codec.along}
+    for index, part in enumerate(codec.parts):
+        prefix = f"{index // 2}.{SIDES[index % 2]}"
+        found |= {f"{prefix}.{name}": torch.as_tensor(getattr(part, name)) for name in SEQUENCE_PARTS}
+        if part.predictor is not None:
+            found[f"{prefix}.predictor"] = part.predictor.half()
+    return {f"sequence.{profile}.{name}": x.contiguous() for name, x in found.items()}
 
 
 @dataclass(eq=False)
@@ -71,8 +97,42 @@ class SeqKVCalibration:
             decode = part["rotation"] * part["std"][..., None]
             encode = (part["rotation"] / part["std"][..., None]).transpose(1, 2).contiguous()
             levels = torch.nn.functional.pad(part["levels"], (0, 256 - part["levels"].shape[-1]))
-            sides.append(VectorCodec(encode, decode, torch.zeros(heads, dim), part["widths"], levels, "fit", page_size))
+            tables = (encode, decode, torch.zeros(heads, dim), part["widths"], levels)
+            sides.append(VectorCodec(*tables, "fit", page_size, self.config["scale_bits"]))
         return QuantizedPageCodec(*sides)
+
+    def sequence_codec(self, profile: str = "full", step: int | str = 0) -> SequenceCodec:
+        """The sequence codec of a profile, `"full"` or `"light"`.
+
+        Args:
+            step: Quarter octaves from the calibration's own, more is smaller and coarser; or a preset's name, `"fine"`,
+                `"balanced"` or `"small"`.
+
+        Raises:
+            ConfigError: The calibration has none, or none of this profile.
+        """
+        made = self.config.get("sequence", {})
+        if profile not in made:
+            raise ConfigError(
+                f"{self.source} has no sequence codec {profile!r} (it has: {', '.join(made) or 'none'}); run "
+                "`seqkv calibrate` without --no-sequence"
+            )
+        presets = made[profile].get("presets", {})
+        if isinstance(step, str) and step not in presets:
+            raise ConfigError(f"{self.source} has no preset {step!r} (it has: {', '.join(presets) or 'none'})")
+        step = presets[step] if isinstance(step, str) else step
+
+        def tensor(name: str) -> torch.Tensor | None:
+            return self.tensors.get(f"sequence.{profile}.{name}")
+
+        parts = []
+        for index in range(2 * self.config["model"]["num_hidden_layers"]):
+            prefix = f"{index // 2}.{SIDES[index % 2]}"
+            fields = {name: tensor(f"{prefix}.{name}") for name in (*SEQUENCE_PARTS, "predictor")}
+            fields["share"] = int(fields["share"])
+            parts.append(Part(**fields))
+        shared = (tensor("along"), SymbolTables(tensor("tables")), tensor("offsets"))
+        return SequenceCodec(parts, *shared, made[profile]["base"], step)
 
     def check(self, facts: dict[str, Any]) -> None:
         """Compare with a model's facts (`integration.model_facts`).
@@ -155,7 +215,7 @@ class SeqKVCalibration:
         """
         directory = Path(pretrained)
         if not directory.is_dir():
-            directory = _download(str(pretrained), revision, token, cache_dir, local_files_only)
+            directory = download(str(pretrained), revision, token, cache_dir, local_files_only)
         missing = [name for name in (TENSORS_NAME, CONFIG_NAME) if not (directory / name).is_file()]
         if missing:
             raise CalibrationNotFoundError(
@@ -179,11 +239,17 @@ class SeqKVCalibration:
                 f"{self.source}: calibration format version {version!r}, this hf_seqkv reads {FORMAT_VERSION}; "
                 "upgrade hf_seqkv or run `seqkv calibrate` again"
             )
-        missing = {"model", "weights", "rope"} - set(self.config)
+        missing = {"model", "weights", "rope", "scale_bits"} - set(self.config)
         if missing:
             raise FormatError(f"{self.source}: {CONFIG_NAME} lacks {', '.join(sorted(missing))}")
         layers = self.config["model"].get("num_hidden_layers", 0)
         names = {f"{i}.{side}.{part}" for i in range(layers) for side in SIDES for part in PARTS}
+        for profile, made in self.config.get("sequence", {}).items():
+            parts = (*SEQUENCE_PARTS, *(["predictor"] if made.get("predicts") else []))
+            names |= {f"sequence.{profile}.{name}" for name in ("tables", "offsets", "along")}
+            names |= {
+                f"sequence.{profile}.{i}.{side}.{part}" for i in range(layers) for side in SIDES for part in parts
+            }
         absent = [name for name in sorted(names) if name not in self.tensors]
         if absent:
             raise FormatError(f"{self.source}: {TENSORS_NAME} lacks {absent[0]} and {len(absent) - 1} more tensors")
@@ -218,21 +284,3 @@ class SeqKVCalibration:
                 repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
             )
         return str(commit)
-
-
-def _download(repo_id: str, revision, token, cache_dir, local_files_only: bool) -> Path:
-    """Directory in the Hub cache with a repository's calibration files."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    options = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    try:
-        paths = [Path(hf_hub_download(repo_id, name, **options)) for name in (CONFIG_NAME, TENSORS_NAME)]
-    except HFValidationError as error:
-        raise CalibrationNotFoundError(f"{repo_id!r} is neither a directory nor a Hub repository id") from error
-    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise CalibrationNotFoundError(
-            f"no calibration at {repo_id!r} on the Hub or in its cache ({type(error).__name__}: {error}); check the "
-            f"name and the network, or fetch it where there is one: `hf download {repo_id}`"
-        ) from error
-    return paths[0].parent

@@ -8,11 +8,15 @@ it did better than metrics weighted by sensitivity, which starve directions that
 from __future__ import annotations
 
 import heapq
+import math
 
 import torch
 
+from ..codec.importance import features
 from ..codec.quantize import distortion, fit_codebook
 from ..codec.rotation import random_rotation
+from .sensitivity import Sensitivity
+from .sequence_fit import Sample
 
 CODEBOOK_SAMPLES = 20_000
 
@@ -38,24 +42,25 @@ class Moments:
             self.room -= keep
 
 
-def allocate_widths(variance: torch.Tensor, bits: int, spread: int = 1) -> torch.Tensor:
+def allocate_widths(variance: torch.Tensor, bits: float) -> torch.Tensor:
     """Integer bits of each component that minimise the summed squared error, `D * bits` in all.
 
     Each bit goes where it lowers the error most; exact, as the error of a Lloyd–Max quantiser is convex in its bits.
+    Widths are the two next to `bits`, or within one of it where it is whole. Tokens that are unlike the others, on
+    which a model often leans, put their energy where the average has none: starving those components destroys them.
 
     Args:
         variance: `[D]`.
-        spread: Widths stay within `bits - spread` and `bits + spread`. Tokens that are unlike the others, on which a
-            model often leans, put their energy where the average has none: starving those components destroys them.
+        bits: A multiple of `1 / D`.
     Returns:
         `[D]` uint8.
     """
-    dim, low, high = len(variance), bits - spread, bits + spread
+    dim, low, high = len(variance), math.ceil(bits) - 1, math.floor(bits) + 1
     gains = {b: distortion(b, dim) - distortion(b + 1, dim) for b in range(low, high)}
     widths, values = [low] * dim, variance.tolist()
     heap = [(-value * gains[low], i) for i, value in enumerate(values)]
     heapq.heapify(heap)
-    for _ in range(dim * spread):
+    for _ in range(round(dim * bits) - dim * low):
         _, i = heapq.heappop(heap)
         widths[i] += 1
         if widths[i] < high:
@@ -76,7 +81,7 @@ def mix_equal_widths(rotation: torch.Tensor, widths: torch.Tensor, seed: int) ->
     return mixed
 
 
-def fit_side(moments: Moments, bits: int) -> dict[str, torch.Tensor]:
+def fit_side(moments: Moments, bits: float) -> dict[str, torch.Tensor]:
     """Codec tensors of the keys or the values of a layer.
 
     Args:
@@ -95,7 +100,7 @@ def fit_side(moments: Moments, bits: int) -> dict[str, torch.Tensor]:
     rotation = rotation.float().contiguous()
     x = torch.cat(moments.samples, 1).float()
     x = x / (x.square().sum(-1) / dim).sqrt().clamp_min(1e-30)[..., None]  # as the codec's gain will
-    widths, levels = torch.zeros(heads, dim, dtype=torch.uint8), torch.zeros(heads, 9, 2 ** (bits + 1))
+    widths, levels = torch.zeros(heads, dim, dtype=torch.uint8), torch.zeros(heads, 9, 2 ** (math.floor(bits) + 1))
     std = torch.zeros(heads, dim)
     for head in range(heads):
         variance = (x[head] @ rotation[head].T).square().mean(0)
@@ -109,3 +114,14 @@ def fit_side(moments: Moments, bits: int) -> dict[str, torch.Tensor]:
             step = max(1, len(values) // CODEBOOK_SAMPLES)
             levels[head, width, : 2**width] = fit_codebook(values[::step], width)
     return {"rotation": rotation, "std": std, "widths": widths, "levels": levels}
+
+
+def fit_held(sample: Sample, sensitivities: list[Sensitivity], share: float) -> list[torch.Tensor]:
+    """For every layer, weights of `codec.importance.features` that are positive for `share` of the sample's tokens."""
+    made = []
+    for k, v, sensitivity in zip(sample.keys, sample.values, sensitivities, strict=True):
+        found = features(*(x.float().transpose(1, 2).flatten(0, 1) for x in (k, v)), sample.positions.flatten())
+        weights = sensitivity.importance(2)
+        weights[-1] -= (found @ weights).quantile(1 - share)
+        made.append(weights)
+    return made

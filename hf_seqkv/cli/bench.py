@@ -12,7 +12,8 @@ import sys
 
 from ..config import BITS, DATA_FREE
 from ..errors import ConfigError
-from .options import add_option_argument, chosen_options
+from . import bench_ablation, bench_codec, bench_quality
+from .options import add_option_argument, check_plot, chosen_options, positive
 
 DTYPES = ("float32", "bfloat16")
 
@@ -20,18 +21,12 @@ DTYPES = ("float32", "bfloat16")
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="bounds and timings of a decode step's pieces",
+        help="bounds and timings of a decode step's pieces; quality against dense",
         description="What the cache costs and gains, piece by piece.",
     )
     pieces = parser.add_subparsers(title="what", metavar="WHAT", required=True)
     for add in PIECES:
         add(pieces)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _number(text: str) -> float:
@@ -43,16 +38,6 @@ def _number(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
-
-
-def _check_plot(path: str | None) -> None:
-    """Before the work, not after it."""
-    from ..eval.extras import require
-
-    if path:
-        require("matplotlib")
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise ConfigError(f"--plot {path}: there is no such directory; create it or choose another")
 
 
 # -- roofline: what a GPU could do at best -----------------------------------------------------------------------
@@ -71,7 +56,7 @@ def _add_roofline(pieces) -> None:
         metavar="PATH_OR_NAME",
         help="config.json, its directory, a Hub repository, or llama-3-8b (default), smollm2-135m, ...",
     )
-    whole = {"nargs": "+", "type": _positive, "metavar": "N"}
+    whole = {"nargs": "+", "type": positive, "metavar": "N"}
     parser.add_argument("--context", default=[8192, 32768, 131072], help="tokens (8192 32768 131072)", **whole)
     parser.add_argument("--batch", default=[1, 8, 32], help="sequences (1 8 32)", **whole)
     for side in ("key", "value"):
@@ -113,7 +98,7 @@ def _run_roofline(args: argparse.Namespace) -> int:
 
     rates = [roofline.Rate(*bits) for bits in _rates(args)]
     gpu = roofline.gpu(args.gpu)
-    _check_plot(args.plot)
+    check_plot(args.plot)
     model = roofline_model.load(args.model_config)
     given = roofline.Assumptions(
         weight_bits=args.weight_bits,
@@ -155,11 +140,11 @@ def _add_kernels(pieces) -> None:
         description="Time one decode step of one layer's attention on this processor, checked against the reference.",
     )
     _list(parser, "--shape", _shape, "32/8x128 9/3x64", "HQ/HKxD", "query heads, KV heads, components")
-    _list(parser, "--tokens", _positive, "512 1024 4096 16384 65536", "N", "tokens in the cache")
+    _list(parser, "--tokens", positive, "512 1024 4096 16384 65536", "N", "tokens in the cache")
     rates = "bits of keys and values; c codes the keys' constant part apart, as the cache does by default"
     _list(parser, "--bits", _rate, "4 2 5/4c", "K[/V][c]", rates)
     parser.add_argument("--center", action="store_true", help="c for every rate")
-    _list(parser, "--threads", _positive, f"1 {_cores()}" if _cores() > 1 else "1", "N", "threads")
+    _list(parser, "--threads", positive, f"1 {_cores()}" if _cores() > 1 else "1", "N", "threads")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of queries and dense windows (bfloat16)")
     parser.add_argument("--seconds", type=_number, default=2.0, metavar="S", help="for the calls of a row (2)")
     parser.add_argument("--warm", action="store_true", help="one cache for all calls, from the processor's caches")
@@ -229,13 +214,13 @@ def _add_decode(pieces) -> None:
         help="whole decode steps of SmolLM2-135M-Instruct with each cache",
         description="Time prefill and single decode steps with transformers' caches and this one, in turn.",
     )
-    _list(parser, "--context", _positive, "1024 8192", "N", "tokens of the prompt")
+    _list(parser, "--context", positive, "1024 8192", "N", "tokens of the prompt")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights (both)")
     # as many as a default page has tokens: each cache of ours then makes a page exactly once
     parser.add_argument("--new-tokens", type=_several, default=64, metavar="N", help="steps of each cache (64)")
     caches = ("dynamic", "static", "seqkv")
     parser.add_argument("--caches", nargs="+", choices=caches, default=caches, help="which (dynamic static seqkv)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads (torch's default)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads (torch's default)")
     add_option_argument(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
     parser.set_defaults(run=_run_decode)
@@ -243,7 +228,7 @@ def _add_decode(pieces) -> None:
 
 def _several(text: str) -> int:
     """For counts of which quartiles are taken."""
-    if _positive(text) < 2:
+    if positive(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 2")
     return int(text)
 
@@ -282,4 +267,4 @@ def _run_decode(args: argparse.Namespace) -> int:
     return 0
 
 
-PIECES = (_add_roofline, _add_kernels, _add_decode)
+PIECES = (_add_roofline, _add_kernels, _add_decode, bench_ablation.add, bench_codec.add, bench_quality.add)

@@ -1,4 +1,4 @@
-"""`seqkv calibrate MODEL`: fit rotations and codebooks, measure them on held-back text, write (and push) them."""
+"""`seqkv calibrate MODEL`: fit hot pages and the sequence codec, measure them on held-back text, write (and push)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 
 from ..config import DATA_FREE
 from ..errors import ConfigError, SeqKVError
+from .options import add_model_arguments, load_model, read_texts
 
 HELD_BACK = 1 / 8  # of every text: measured on, never fitted on
+WINDOW = 1536  # tokens measured on
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "calibrate",
         help="fit a calibration for a model",
-        description="Fit block-diagonal rotations and codebooks for a causal LM, in minutes on a CPU.",
+        description="Fit rotations, codebooks and the sequence codec for a causal LM, in minutes on a CPU.",
     )
     parser.add_argument("model", metavar="MODEL", help="directory or Hub repository, or 'demo' for the demo's model")
-    parser.add_argument("--gguf-file", help="GGUF file in MODEL, for a model in that format")
+    add_model_arguments(parser)
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--texts", nargs="+", type=Path, metavar="FILE", help="UTF-8 text files")
     texts.add_argument("--dataset", metavar="ID", help="dataset on the Hub with a 'text' column (needs 'datasets')")
@@ -28,11 +30,14 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--push-to-hub", metavar="REPO", help="repository to upload the artefact to")
     for side in ("key", "value"):
         name, default = f"{side}_bits", DATA_FREE[f"{side}_bits"]
-        help_text = f"mean bits of a {side}'s codes (default: {default})"
-        parser.add_argument(f"--{side}-bits", dest=name, type=int, default=default, choices=range(2, 6), help=help_text)
-    parser.add_argument("--tokens", type=int, default=16_384, help="tokens to run (default: 16384)")
+        help_text = f"mean bits of a {side}'s codes, 2 to 5 in quarters (default: {default})"
+        parser.add_argument(f"--{side}-bits", dest=name, type=float, default=default, metavar="B", help=help_text)
+    held = "share of hot tokens held dense, those on which most depends (default: 0.01)"
+    parser.add_argument("--held", type=float, default=0.01, metavar="SHARE", help=held)
+    no_sequence = "neither sequence codec nor held tokens: no gradients, a third of the time"
+    parser.add_argument("--no-sequence", dest="sequence", action="store_false", help=no_sequence)
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens to run (default: 32768)")
     parser.add_argument("--seed", type=int, default=0, help="which windows are drawn (default: 0)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--no-evaluate", action="store_true", help="skip the measurement on held-back text")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line on stdout")
     parser.set_defaults(run=run)
@@ -42,20 +47,22 @@ def run(args: argparse.Namespace) -> int:
     from ..eval.card import render_card
     from ..integration.collect import calibrate
 
-    texts = _read_files(args.texts) if args.texts else _read_dataset(args.dataset)
+    texts = list(read_texts(args.texts).values()) if args.texts else _read_dataset(args.dataset)
     fitted, held = _split(texts)
-    model, tokenizer = _load(args)
+    model, tokenizer, _ = load_model(args.model, args.gguf_file, args.dtype)
     bits = {"key_bits": args.key_bits, "value_bits": args.value_bits}
-    calibration = calibrate(model, tokenizer, fitted, **bits, tokens=args.tokens, seed=args.seed)
+    how = {"sequence": args.sequence, "held": args.held, "tokens": args.tokens, "seed": args.seed}
+    calibration = calibrate(model, tokenizer, fitted, **bits, **how)
     if not args.no_evaluate:
-        calibration.config["quality"] = _evaluate(model, tokenizer, held, calibration, bits)
+        calibration.config["quality"] = _evaluate(model, tokenizer, held, calibration)
     calibration.config["texts"] = [path.name for path in args.texts] if args.texts else [args.dataset]
     calibration.card = render_card(calibration.config)
     directory = calibration.save_pretrained(args.out)
     print(f"wrote {directory}", file=sys.stderr)
     for name, row in calibration.config.get("quality", {}).items():
         print(
-            f"  {name:34s} perplexity x{row['ratio']:.4f} ± {row['ratio_error']:.4f}, KL {row['kl']:.5f}",
+            f"  {name:34s} {row['bits_per_value']:.3f} bits a value, perplexity x{row['ratio']:.4f} ± "
+            f"{row['ratio_error']:.4f}, KL {row['kl']:.5f}",
             file=sys.stderr,
         )
     if args.push_to_hub:
@@ -63,13 +70,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"out": str(directory), **calibration.config}, sort_keys=True))
     return 0
-
-
-def _read_files(paths: list[Path]) -> list[str]:
-    try:
-        return [path.read_text(encoding="utf-8") for path in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--texts: {error}; give readable UTF-8 text files") from error
 
 
 def _read_dataset(name: str, characters: int = 2_000_000) -> list[str]:
@@ -95,50 +95,21 @@ def _split(texts: list[str]) -> tuple[list[str], str]:
     return fitted, "\n\n".join(text[cut:] for text, cut in zip(texts, cuts, strict=True))
 
 
-def _load(args: argparse.Namespace):
-    import torch
+def _evaluate(model, tokenizer, text: str, calibration) -> dict:
+    """Quality on held-back text of what was fitted and of data-free methods; names the sequence codec's presets."""
+    from ..eval import quality
+    from ..eval.presets import choose_steps
 
-    dtype = getattr(torch, args.dtype)
-    if args.model == "demo":
-        from ..eval.smollm2 import load
-
-        return load(dtype)[:2]
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **options)
-        return model.eval(), AutoTokenizer.from_pretrained(args.model, **options)
-    except OSError as error:
-        raise SeqKVError(f"cannot load {args.model}: {error}") from error
-
-
-def _evaluate(model, tokenizer, text: str, calibration, bits: dict, context: int = 1024, scored: int = 512) -> dict:
-    """Quality on held-back text of the calibration and of the data-free methods at the same rate."""
-    import torch
-    from transformers import DynamicCache
-
-    from ..config import SeqKVConfig
-    from ..eval.perplexity import compare, teacher_forced_logits
-    from ..integration.cache import SeqKVCache
-
-    ids = tokenizer(text[: 8 * (context + scored)], return_tensors="pt", verbose=False)["input_ids"]
-    ids = ids[:, : context + scored].to(model.device)
-    if ids.shape[1] < context + 64:
-        raise ConfigError(
-            f"the held-back text holds {ids.shape[1]} tokens, measuring needs {context + 64}; give more text, or "
-            "--no-evaluate"
-        )
-    dense = teacher_forced_logits(model, ids, DynamicCache(config=model.config), context, "dense")
     methods = {
-        "calibrated": {"calibration": calibration},
-        "data-free": bits,
-        "TurboQuant as published": SeqKVConfig.published_turboquant(-(-sum(bits.values()) // 2)).to_dict(),
+        "hot pages": quality.seqkv(calibration=calibration),
+        "TurboQuant 4 bits": quality.METHODS["turboquant-4"],
     }
-    rows = {}
-    for name, options in methods.items():
-        cache = SeqKVCache(config=model.config, **options)
-        coded = teacher_forced_logits(model, ids, cache, context, name)
-        quality = compare(dense, coded, ids[0, context:].to(torch.long))
-        rows[name] = {"bits_per_value": cache.bits_per_value(), **quality.to_dict()}
+    sequence = calibration.config.get("sequence", {})
+    names = {(profile, step): f"sequence, {profile}, step {step}" for profile in sequence for step in (-6, 0, 6)}
+    methods |= {name: quality.sequence(calibration, *key) for key, name in names.items()}
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW
+    plan = quality.Plan(windows=1, window=min(WINDOW, limit))
+    rows = quality.measure(model, tokenizer, {"held-back text": text}, methods, plan)["all"]
+    for profile, made in sequence.items():
+        made["presets"] = choose_steps({step: rows[name]["kl"] for (of, step), name in names.items() if of == profile})
     return rows

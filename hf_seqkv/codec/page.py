@@ -7,9 +7,10 @@ Payload of a quantised page (every section padded with zeros to 16 bytes; number
 | section      | bytes                        | content                                               |
 |--------------|------------------------------|-------------------------------------------------------|
 | key codes    | sum of widths x P / 8        | head by head, component by component, `packing.pack`  |
-| key scales   | heads x P x 2                | bf16, `[H, P]`; infinite for a token held elsewhere   |
+| key scales   | heads x P x 2, or heads x P  | `[H, P]` bf16 or bytes (`scales.py`); infinite for a  |
+|              |                              | token held elsewhere                                  |
 | value codes  | sum of widths x P / 8        | as key codes                                          |
-| value scales | heads x P x 2                | bf16, `[H, P]`                                        |
+| value scales | as key scales                | as key scales                                         |
 
 Payload of a dense page: keys `[H, P, Dk]`, then values `[H, P, Dv]`, in the cache's dtype.
 
@@ -27,6 +28,7 @@ import zlib
 import torch
 
 from ..errors import FormatError
+from . import scales
 from .vector import VectorCodec
 
 MAGIC, VERSION = b"SKVP", 1
@@ -146,7 +148,7 @@ class DensePageCodec(PageCodec):
 
 
 class QuantizedPageCodec(PageCodec):
-    """Packed codes with one bf16 scale a vector."""
+    """Packed codes with one scale a vector."""
 
     kind = 1
 
@@ -154,9 +156,9 @@ class QuantizedPageCodec(PageCodec):
         self.key, self.value = key, value
         sizes = {
             "key_codes": key.code_bytes,
-            "key_scales": key.heads * key.page_size * 2,
+            "key_scales": key.heads * key.page_size * key.scale_bits // 8,
             "value_codes": value.code_bytes,
-            "value_scales": value.heads * value.page_size * 2,
+            "value_scales": value.heads * value.page_size * value.scale_bits // 8,
         }
         super().__init__(key.page_size, key.heads, key.dim, value.dim, sizes)
         self.fingerprint = hashlib.sha256(key.fingerprint + value.fingerprint).digest()[:16]
@@ -168,21 +170,24 @@ class QuantizedPageCodec(PageCodec):
     def _join(self, key_codes, key_scales, value_codes, value_scales):
         return self._assemble(
             key_codes=self.key.pack(key_codes),
-            key_scales=key_scales.contiguous().flatten(-2).view(torch.uint8),
+            key_scales=_store(key_scales, self.key.scale_bits),
             value_codes=self.value.pack(value_codes),
-            value_scales=value_scales.contiguous().flatten(-2).view(torch.uint8),
+            value_scales=_store(value_scales, self.value.scale_bits),
         )
 
     def unpack(self, pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Key codes `[..., H, Dk, P]`, key scales `[..., H, P]`, value codes, value scales."""
         result = []
         for side, name in ((self.key, "key"), (self.value, "value")):
-            scales = self.section(pages, f"{name}_scales").contiguous().view(torch.bfloat16)
-            result += [
-                side.unpack(self.section(pages, f"{name}_codes")),
-                scales.unflatten(-1, (self.heads, self.page_size)),
-            ]
+            result += [side.unpack(self.section(pages, f"{name}_codes")), self._scales(pages, name)]
         return tuple(result)
+
+    def _scales(self, pages: torch.Tensor, name: str) -> torch.Tensor:
+        """Scales of `pages [..., page_bytes]`, `[..., H, P]` bf16."""
+        data = self.section(pages, f"{name}_scales").contiguous()
+        narrow = {"key": self.key, "value": self.value}[name].scale_bits == 8
+        found = scales.from_bytes(data) if narrow else data.view(torch.bfloat16)
+        return found.unflatten(-1, (self.heads, self.page_size))
 
     def encode(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """`k [..., H, P, Dk]`, `v [..., H, P, Dv]` to `[..., page_bytes]` uint8. Every token is coded on its own."""
@@ -195,8 +200,7 @@ class QuantizedPageCodec(PageCodec):
 
     def absent(self, pages: torch.Tensor) -> torch.Tensor:
         """As `PageCodec.absent`: what `vacate` took out."""
-        scales = self.section(pages, "key_scales").contiguous().view(torch.bfloat16)
-        return torch.isinf(scales).unflatten(-1, (self.heads, self.page_size))
+        return torch.isinf(self._scales(pages, "key"))
 
     def vacate(self, pages: torch.Tensor, where: torch.Tensor) -> None:
         """Take tokens out of pages, in place: a key scale of infinity says that a token is held elsewhere.
@@ -205,11 +209,16 @@ class QuantizedPageCodec(PageCodec):
             pages: `[..., page_bytes]` uint8, contiguous.
             where: `[..., P]` bool, True for tokens to take out.
         """
-        at, size = self.sections["key_scales"]
-        scales = pages.view(torch.bfloat16)[..., at // 2 : (at + size) // 2].unflatten(-1, (self.heads, self.page_size))
-        scales.masked_fill_(where[..., None, :], torch.inf)
+        held = torch.where(where[..., None, :], torch.inf, self._scales(pages, "key").float())
+        self.section(pages, "key_scales").copy_(_store(held.to(torch.bfloat16), self.key.scale_bits))
 
     def splice(self, old: torch.Tensor, new: torch.Tensor, keep: int) -> torch.Tensor:
         """Page of the first `keep` tokens of `old` and the rest of `new`, codes untouched."""
         parts = zip(self.unpack(old), self.unpack(new), strict=True)
         return self._join(*(torch.cat([o[..., :keep], n[..., keep:]], -1) for o, n in parts))
+
+
+def _store(found: torch.Tensor, bits: int) -> torch.Tensor:
+    """Scales `[..., H, P]` bf16 as bytes."""
+    flat = found.contiguous().flatten(-2)
+    return scales.to_bytes(flat) if bits == 8 else flat.view(torch.uint8)

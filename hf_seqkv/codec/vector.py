@@ -18,6 +18,7 @@ import torch
 from . import packing
 from .quantize import CODEBOOKS, nearest
 from .rotation import random_rotation
+from .scales import nearest as nearest_scale
 
 
 class VectorCodec:
@@ -30,12 +31,13 @@ class VectorCodec:
         levels: Codebook of each width, `levels[h, w, :2**w]`, fp32 `[H or 1, 9, 256]`.
         scale: `"fit"` (least-squares gain) or `"norm"` (RMS of the vector).
         page_size: Tokens a page `P`.
+        scale_bits: Of a stored scale, 16 (bf16) or 8 (`scales.py`).
     """
 
-    def __init__(self, encode_matrix, decode_matrix, mean, widths, levels, scale, page_size):
+    def __init__(self, encode_matrix, decode_matrix, mean, widths, levels, scale, page_size, scale_bits=16):
         self.encode_matrix, self.decode_matrix = encode_matrix, decode_matrix
         self.mean, self.widths, self.levels = mean, widths, levels
-        self.scale, self.page_size = scale, page_size
+        self.scale, self.page_size, self.scale_bits = scale, page_size, scale_bits
         self.heads, self.dim = widths.shape
         # Energy of each component in the units of x: the metric of the gain.
         self.weights = decode_matrix.square().sum(-1)
@@ -52,19 +54,21 @@ class VectorCodec:
             self._groups.append((width, rows, starts[rows][:, None] + span))
 
     @classmethod
-    def data_free(cls, heads: int, dim: int, page_size: int, *, bits, rotation, codebook, scale, seed) -> VectorCodec:
+    def data_free(
+        cls, heads: int, dim: int, page_size: int, *, bits, rotation, codebook, scale, seed, scale_bits=16
+    ) -> VectorCodec:
         """TurboQuant's codec: one random rotation and one codebook for every vector (arXiv 2504.19874)."""
         basis = random_rotation(dim, rotation, seed).expand(heads, dim, dim).contiguous()
         levels = torch.zeros(1, 9, 256)
         levels[0, bits, : 2**bits] = CODEBOOKS[codebook](bits, dim)
         widths = torch.full((heads, dim), bits, dtype=torch.uint8)
         mean = torch.zeros(heads, dim)
-        return cls(basis.transpose(1, 2).contiguous(), basis, mean, widths, levels, scale, page_size)
+        return cls(basis.transpose(1, 2).contiguous(), basis, mean, widths, levels, scale, page_size, scale_bits)
 
     def to(self, device) -> VectorCodec:
         """Copy with its tables on `device`."""
         tables = (self.encode_matrix, self.decode_matrix, self.mean, self.widths, self.levels)
-        return VectorCodec(*(t.to(device) for t in tables), self.scale, self.page_size)
+        return VectorCodec(*(t.to(device) for t in tables), self.scale, self.page_size, self.scale_bits)
 
     @property
     def tables(self) -> list[torch.Tensor]:
@@ -73,7 +77,8 @@ class VectorCodec:
     @functools.cached_property
     def fingerprint(self) -> bytes:
         """SHA-256 of everything that decoding depends on."""
-        digest = hashlib.sha256(repr((self.heads, self.dim, self.page_size)).encode())
+        narrow = (self.scale_bits,) if self.scale_bits != 16 else ()
+        digest = hashlib.sha256(repr((self.heads, self.dim, self.page_size, *narrow)).encode())
         for table in (self.decode_matrix, self.mean, self.widths, self.levels):
             digest.update(table.detach().cpu().contiguous().numpy().tobytes())
         return digest.digest()
@@ -94,15 +99,19 @@ class VectorCodec:
         z = y.transpose(-1, -2)  # [..., H, D, P]
         codes, fitted, error = self._quantize(z, gain)
         if self.scale == "norm":
-            return codes, torch.ldexp(gain, exponent).to(torch.bfloat16)
-        if self.mixed:
+            fitted = gain
+        elif self.mixed:
             # A vector unlike those the widths were made for overshoots its narrow components: try larger gains.
             for factor in (1.4, 2.0, 2.8, 4.0):
                 again, gained, rest = self._quantize(z, gain * factor)
                 better = rest < error
                 codes = torch.where(better[..., None, :], again, codes)
                 fitted, error = torch.where(better, gained, fitted), torch.where(better, rest, error)
-        return codes, torch.ldexp(fitted, exponent).to(torch.bfloat16)
+        scales = torch.ldexp(fitted, exponent)
+        if self.scale_bits == 8:  # coarse: codes are chosen again, for the scale that is stored
+            scales = nearest_scale(scales)
+            codes, _, _ = self._quantize(z, torch.ldexp(scales, -exponent))
+        return codes, scales.to(torch.bfloat16)
 
     def _quantize(self, y: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes of `y [..., H, D, P]` under a gain `[..., H, P]`, the least-squares gain and the error it leaves."""

@@ -73,7 +73,7 @@ class Route:
 
 def page_codec(shape: Shape, rate: Rate, page_size: int) -> QuantizedPageCodec:
     """The data-free codec with its default options but the rate."""
-    same = {name: DATA_FREE[name] for name in ("rotation", "codebook", "scale", "seed")}
+    same = {name: DATA_FREE[name] for name in ("rotation", "codebook", "scale", "scale_bits", "seed")}
     widths = (rate.key_bits, rate.value_bits)
     return QuantizedPageCodec(
         *(VectorCodec.data_free(shape.heads, shape.dim, page_size, bits=bits, **same) for bits in widths)

@@ -118,7 +118,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
             elif config.method == "calibrated":
                 made = self.calibration.page_codec(index, heads, key_dim, value_dim, config.page_size)
             else:
-                same = {name: getattr(config, name) for name in ("rotation", "codebook", "scale", "seed")}
+                same = {name: getattr(config, name) for name in ("rotation", "codebook", "scale", "scale_bits", "seed")}
                 sides = ((key_dim, config.key_bits), (value_dim, config.value_bits))
                 made = QuantizedPageCodec(
                     *(VectorCodec.data_free(heads, dim, config.page_size, bits=bits, **same) for dim, bits in sides)
@@ -155,6 +155,20 @@ class SeqKVCache(capture.Listener, DynamicCache):
                 table = PositionTable(half, interleaved, config.page_size, keep)
             self._tables[index] = table
         return self._tables[index]
+
+    def importance(self, index: int, device) -> torch.Tensor | None:
+        """Weights of `codec.importance.features` by which a layer holds tokens dense; None where it holds none."""
+        weights = None if self.calibration is None else self.calibration.tensors.get(f"{index}.held")
+        return None if weights is None else weights.to(device)
+
+    def before_pages(self, index: int, rows: list[int], first: int, slot: int, k, v):
+        """Pages of layer `index` about to be made, dense: what `rows` get in place of them.
+
+        Args:
+            first, slot: Number of the first page of each row, and slot of its first token.
+            k, v: `[len(rows), N, H, P, D]`.
+        """
+        return k, v
 
     def _distinct_tables(self) -> list[PositionTable]:
         return list({id(t): t for t in self._tables.values()}.values())
@@ -202,8 +216,8 @@ class SeqKVCache(capture.Listener, DynamicCache):
     def memory(self) -> dict[str, int]:
         """Bytes held, by part; the sum of the others is `total`.
 
-        `codes` and `side_information` (scales, padding of pages, key means, page positions) are the compressed
-        tokens; `sinks` and `recent` dense tokens; `slack` room for pages to come; `tables` rotations, codebooks and
+        `codes` and `side_information` (scales, padding of pages, key means, page positions, held tokens) are the
+        compressed tokens; `sinks` and `recent` dense tokens; `slack` room for more; `tables` rotations, codebooks and
         recent cosines, shared by layers; `uncompressed` layers of other kinds.
         """
         parts = dict.fromkeys(("codes", "side_information", "sinks", "recent", "slack", "tables", "uncompressed"), 0)
@@ -219,6 +233,10 @@ class SeqKVCache(capture.Listener, DynamicCache):
             parts["codes"] += pages * codes
             parts["side_information"] += pages * (layer.codec.page_bytes - codes) + _bytes([layer.mean])
             parts["slack"] += _bytes([layer.pages]) - pages * layer.codec.page_bytes
+            if layer.held is not None:
+                held, room = layer.held.bytes()
+                parts["side_information"] += held
+                parts["slack"] += room
             parts["sinks"] += _bytes([layer.sink_k, layer.sink_v])
             parts["recent"] += _bytes([layer.recent_k, layer.recent_v])
         for table in self._distinct_tables():

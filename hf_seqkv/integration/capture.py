@@ -1,6 +1,7 @@
 """What a cache's `update()` is not given: the attention mask (where a row begins) and the model's cosines and sines.
 
-A forward-pre-hook on every attention module notes both for the layer that is about to run. The hooks are put on a model
+A forward-pre-hook on every attention module notes both for the layer that is about to run, and one on the model the
+token ids. The hooks are put on a model
 the first time it is used with a `SeqKVCache`, do nothing for any other cache, and `uninstall()` removes them.
 """
 
@@ -129,6 +130,9 @@ class Listener:
     def __init__(self):
         self._noted: dict[int, Noted] = {}
 
+    def note_ids(self, ids: torch.Tensor | None) -> None:
+        """Called before a forward with its token ids `[B, Tq]`, None where it was given embeddings."""
+
     def note(self, index: int, noted: Noted) -> None:
         """Called before layer `index` runs."""
         self._noted[index] = noted
@@ -154,6 +158,12 @@ def _before_attention(module, args, kwargs):
             return
 
 
+def _before_model(module, args, kwargs):
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Listener):
+        cache.note_ids(kwargs.get("input_ids", args[0] if args else None))
+
+
 _ATTACHED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _WAITING: weakref.WeakSet = weakref.WeakSet()
 _FIRST_CALL = None
@@ -164,7 +174,8 @@ def attach(model: torch.nn.Module, cache) -> None:
     _WAITING.discard(cache)
     if model not in _ATTACHED:
         modules = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-        _ATTACHED[model] = [m.register_forward_pre_hook(_before_attention, with_kwargs=True) for m in modules]
+        handles = [m.register_forward_pre_hook(_before_attention, with_kwargs=True) for m in modules]
+        _ATTACHED[model] = [*handles, model.register_forward_pre_hook(_before_model, with_kwargs=True)]
 
 
 def detach_all() -> None:

@@ -74,6 +74,11 @@ def materialize(view: LayerView, side: int, dtype: torch.dtype, backend: str) ->
         if view.counts[row]:
             at, count = view.page_slots[row] - view.offset, view.counts[row] * view.codec.page_size
             out[row, :, at : at + count] = paged[row, :, :count]
+        if view.side is not None:
+            held = (view.side.slots[row] >= view.offset).nonzero()[:, 0]
+            out[row, :, view.side.slots[row, held] - view.offset] = (view.side.k, view.side.v)[side][row, :, held].to(
+                dtype
+            )
         for run, x in zip((view.sinks, view.recent), runs, strict=True):
             begin = run.begin[row]
             at = run.slots[row] + begin - view.offset

@@ -157,6 +157,9 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         plan = [self._cropped(row, length) for row in range(len(self.counts))]
         if any(count < self.counts[row] for row, (count, _) in enumerate(plan)):
             self._unpage(length, plan)
+        if self.held is not None:
+            for row in range(len(self.counts)):
+                self.held.keep(row, 0, length)
         self.length = length
         self.start = [min(start, length) for start in self.start]
         if self.record_past:  # a crop ends a rollback, as upstream has it

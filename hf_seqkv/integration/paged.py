@@ -16,6 +16,7 @@ from ..codec.center import Center, rotate
 from ..config import SeqKVConfig
 from ..errors import NonFiniteError
 from ..kernels.interface import DenseRun, LayerView, select_backend
+from .held import HeldTokens, important
 
 ENCODE_PAGES = 64  # pages encoded at once: bounds the temporaries of a long prefill
 
@@ -37,6 +38,7 @@ class PagedTokens:
         self.sink_k = self.sink_v = None  # [B, H, n_sink, D]
         self.recent_k = self.recent_v = None  # [B, H, capacity, D], first token at slot `base`
         self.mean = None  # [B, H, Dk] constant part of the keys
+        self.held: HeldTokens | None = None
         self.length = self.base = self.dropped = 0
         self.start: list[int] = []
         self.counts: list[int] = []  # pages of each row, dropped ones included
@@ -68,6 +70,8 @@ class PagedTokens:
         self.recent_v = key_states.new_empty(batch, heads, 0, value_dim)
         self.start, self.counts, self.kept = [0] * batch, [0] * batch, [0] * batch
         self.mean = self.cache.initial_mean(batch, heads, key_dim, self.device)
+        self.importance = self.cache.importance(self.index, self.device)
+        self.held = None if self.importance is None else HeldTokens(key_states, value_states)
 
     def _appended(self, key_states, value_states):
         """Dense tokens with the new ones behind them, `[B, H, n, D]`; in place where the buffers have room."""
@@ -151,23 +155,43 @@ class PagedTokens:
             starts = torch.stack([table.fix(row, first, last, slot) for row in rows])
             if first == 0:
                 self._measure_mean([row for row in rows if not self.kept[row]], k, table, slot)
+        begin = slot - self.base
+        pages_k, pages_v = (
+            x[pick, :, begin : begin + due * size].unflatten(2, (-1, size)).transpose(1, 2) for x in (k, v)
+        )
+        pages_k, pages_v = self.cache.before_pages(self.index, rows, first, slot, pages_k, pages_v)
         skip = max(first, self.dropped)
         for at in range(skip, last, ENCODE_PAGES):
             until = min(at + ENCODE_PAGES, last)
-            begin = slot - self.base + (at - first) * size
-            span = slice(begin, begin + (until - at) * size)
-            keys, values = (x[pick, :, span].unflatten(2, (-1, size)).transpose(1, 2) for x in (k, v))
+            keys, values = (x[:, at - first : until - first] for x in (pages_k, pages_v))
             center = None
             if table is not None:
                 begins = starts[:, at - first : until - first]
                 center = Center(self.mean[pick], begins, table.relative, table.interleaved)
             pages = backend.encode_pages(self.codec, keys, values, center)
+            if self.held is not None:
+                self._hold(rows, pages, keys, values, slot + (at - first) * size)
             for i, row in enumerate(rows):
                 if at == first and self.kept[row]:
                     pages[i, 0] = self.codec.splice(self.pages[row, at - self.dropped], pages[i, 0], self.kept[row])
             self.pages[pick, at - self.dropped : until - self.dropped] = pages
         for row in rows:
             self.counts[row], self.kept[row] = last, 0
+
+    def _hold(self, rows: list[int], pages, k, v, slot: int) -> None:
+        """Hold tokens of new pages `[R, N, page_bytes]`, the first at `slot`, but none whose codes outlived a crop."""
+        count, size = k.shape[1], k.shape[3]
+        table = self.cache.table(self.index)
+        angles = torch.stack([table.tokens(row, slot, count * size) for row in rows])
+        place = torch.arange(slot, slot + count * size, device=k.device)
+        positions = torch.stack([place - self.start[row] for row in rows])
+        chosen = important(self.importance, k, v, angles, table.interleaved, positions)
+        for i, row in enumerate(rows):
+            chosen[i].view(-1)[: max(0, self._page_slot(row, self.counts[row]) + self.kept[row] - slot)] = False
+        self.codec.vacate(pages, chosen)
+        for i, row in enumerate(rows):
+            self.held.park(row, slot + count * size)
+            self.held.add(row, *(x[i].transpose(0, 1).flatten(1, 2) for x in (k, v)), place, chosen[i].flatten())
 
     def _measure_mean(self, rows: list[int], k, table, slot: int) -> None:
         """Constant part of the keys: the mean over the row's first page, before RoPE.
@@ -209,6 +233,9 @@ class PagedTokens:
         if drop > self.dropped:
             self.pages = self.pages[:, drop - self.dropped :].clone()
             self.dropped = drop
+            if self.held is not None:
+                for row in range(len(counts)):
+                    self.held.keep(row, self._page_slot(row, drop), self.length)
 
     def view(self, source=None) -> LayerView:
         """Snapshot of what the layer holds; `source` are dense tokens that are not yet flushed."""
@@ -231,6 +258,7 @@ class PagedTokens:
             center=center,
             length=self.length,
             offset=self._offset(),
+            side=None if self.held is None else self.held.table(),
         )
 
     def _cropped(self, row: int, length: int) -> tuple[int, int]:
@@ -247,6 +275,8 @@ class PagedTokens:
         offset = self._offset()
         for row, (count, kept) in enumerate(plan):
             self.counts[row], self.kept[row] = count, max(0, kept)
+            if self.held is not None:
+                self.held.park(row, self._dense_slot(row))
         base = max(offset, min(min(self._dense_slot(row) for row in range(len(plan))), length))
         for name, x in (("recent_k", k), ("recent_v", v)):
             fresh = x.new_empty(*x.shape[:2], max(length - base, self._capacity()), x.shape[3])
@@ -263,6 +293,8 @@ class PagedTokens:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, at))
+        if self.held is not None:
+            self.held.select(index)
         order = index.tolist()
         for name in ("start", "counts", "kept"):
             setattr(self, name, [getattr(self, name)[i] for i in order])

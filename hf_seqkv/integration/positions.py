@@ -57,10 +57,12 @@ class PositionTable:
 
     def tokens(self, row: int, slot: int, count: int) -> torch.Tensor:
         """Rows of `count` tokens from `slot`, `[count, 2 * half]`; zeros for slots that are gone."""
+        found = self.rows.new_zeros(count, 2 * self.half)
         first = slot - (self.end - self.rows.shape[1])
-        if first < 0 or first + count > self.rows.shape[1]:
-            return self.rows.new_zeros(count, 2 * self.half)
-        return self.rows[row, first : first + count]
+        begin, end = max(first, 0), min(first + count, self.rows.shape[1])
+        if begin < end:
+            found[begin - first : end - first] = self.rows[row, begin:end]
+        return found
 
     def fix(self, row: int, first: int, last: int, slot: int) -> torch.Tensor:
         """Starts of pages `first` to `last` of a row, `[last - first, 2 * half]`; page `first` begins at `slot`.

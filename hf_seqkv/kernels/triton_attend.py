@@ -198,13 +198,14 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     )  # fmt: skip
     if parts > 1:
         sections = codec.sections
-        at = [sections[name][0] // (4 if "codes" in name else 2) for name in sections]
+        scale_bytes = codec.key.scale_bits // 8
+        at = [sections[name][0] // (4 if "codes" in name else scale_bytes) for name in sections]
         options = partials_options(key.bits > 0, key.uniform * value.uniform > 0)
         partials[blocks, parts - 1](
             rotated, factors, constants, coefficients, starts, relative, pages.view(torch.int32), ints, bias, mixed,
             tops, totals, *key.arguments, *value.arguments, pages.stride(0) // 4, pages.stride(1) // 4, *at,
             *(starts.stride()[:2] if view.center is not None else (0, 0)), *strides, batch, parts, *limits,
-            KB=key.bits, KU=key.uniform, VB=value.bits, VU=value.uniform, **shape, **options,
+            KB=key.bits, KU=key.uniform, VB=value.bits, VU=value.uniform, NARROW=scale_bytes == 1, **shape, **options,
         )  # fmt: skip
     logits = ints if scoring.sink_logits is None else scoring.sink_logits.detach().contiguous()
     combine[batch * heads, rows](

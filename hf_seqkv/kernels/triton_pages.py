@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..codec.center import Center
 from ..codec.page import QuantizedPageCodec
+from .triton_scales import load_narrow, nearest_byte, number_of
 from .triton_tile import gather_codes
 
 
@@ -63,11 +64,11 @@ def _quantize(y, gain, weights, edges, levels, width, UNIFORM: tl.constexpr):
 
 @triton.jit
 def _encode(
-    x, xt, out, scales, mean, matrix, weight, edges, levels, widths, offsets, key_mean, start, relative, h,
+    x, xt, out, codes_at, scales, mean, matrix, weight, edges, levels, widths, offsets, key_mean, start, relative, h,
     D: tl.constexpr, DP: tl.constexpr, UNIFORM: tl.constexpr, FIT: tl.constexpr, CENTER: tl.constexpr,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """One page of one head: `x` points to it, tokens `xt` apart; codes go to `out`, scales to `scales`."""
+    """One page of one head: `x` points to it, tokens `xt` apart; codes and scales go to these bytes of page `out`."""
     token = tl.arange(0, 64)[:, None]
     e = tl.arange(0, DP)[None, :]
     y = tl.zeros([64, DP], tl.float32)
@@ -98,7 +99,15 @@ def _encode(
             better = rest < error
             codes = tl.where(better[:, None], again, codes)
             fitted, error = tl.where(better, gained, fitted), tl.where(better, rest, error)
-    tl.store(scales + tl.arange(0, 64), _scale_by(fitted, exponent).to(tl.bfloat16))
+    scale = _scale_by(fitted, exponent)
+    if NARROW:
+        byte = nearest_byte(scale)
+        scale = tl.where(byte == 0, 0.0, number_of(byte))
+        codes, _, _ = _quantize(y, _scale_by(scale, -exponent), weights, edges, levels, width, UNIFORM)
+        tl.store(out + scales + h * 64 + tl.arange(0, 64), byte.to(tl.uint8))
+    else:
+        at = (out + scales).to(tl.pointer_type(tl.bfloat16)) + h * 64 + tl.arange(0, 64)
+        tl.store(at, scale.to(tl.bfloat16))
     at = tl.load(offsets + h * D + e, mask=e < D, other=0)
     shift = tl.zeros_like(width)
     for i in tl.static_range(4):  # fields of 8, 4, 2 and 1 bits, see `codec.packing`
@@ -106,7 +115,7 @@ def _encode(
             here = ((width & (8 >> i)) != 0) & (e < D)
             field = tl.reshape((codes >> shift) & ((1 << (8 >> i)) - 1), (1 << i, 64 >> i, DP))
             packed = tl.sum(field << (tl.arange(0, 1 << i) * (8 >> i))[:, None, None], 0)
-            tl.store(out + at + tl.arange(0, 64 >> i)[:, None], packed.to(tl.uint8), mask=here)
+            tl.store(out + codes_at + at + tl.arange(0, 64 >> i)[:, None], packed.to(tl.uint8), mask=here)
             at += tl.where(here, 64 >> i, 0)
             shift += tl.where(here, 8 >> i, 0)
 
@@ -120,7 +129,7 @@ def encode_kernel(
     count,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, KU: tl.constexpr,
     VU: tl.constexpr, KEY_FIT: tl.constexpr, VALUE_FIT: tl.constexpr, CENTER: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """A page (of all rows'), a head, keys or values."""
     page, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -128,23 +137,24 @@ def encode_kernel(
     out = pages + page * page_bytes
     if tl.program_id(2) == 0:
         _encode(
-            k + b * kb + n * kn + h * kh, kt, out + key_codes, (out + key_scales).to(tl.pointer_type(tl.bfloat16))
-            + h * 64, key_mean, key_matrix, key_weight, key_edges, key_levels, key_widths, key_offsets,
+            k + b * kb + n * kn + h * kh, kt, out, key_codes, key_scales, key_mean,
+            key_matrix, key_weight, key_edges, key_levels, key_widths, key_offsets,
             key_center + (b * H + h) * D, starts + b * starts_b + n * starts_n, relative, h, D, DP, KU, KEY_FIT, CENTER,
-            HALF, INTERLEAVED,
+            HALF, INTERLEAVED, NARROW,
         )  # fmt: skip
     else:
         _encode(
-            v + b * vb + n * vn + h * vh, vt, out + value_codes, (out + value_scales).to(tl.pointer_type(tl.bfloat16))
-            + h * 64, value_mean, value_matrix, value_weight, value_edges, value_levels, value_widths, value_offsets,
+            v + b * vb + n * vn + h * vh, vt, out, value_codes, value_scales, value_mean,
+            value_matrix, value_weight, value_edges, value_levels, value_widths, value_offsets,
             key_center, starts, relative, h, DV, DVP, VU, VALUE_FIT, False, HALF, INTERLEAVED,
+            NARROW,
         )  # fmt: skip
 
 
 @triton.jit
 def unpack_kernel(
     pages, levels, widths, offsets, out, page_bytes, codes_at, scales_at,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, UNIFORM: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, UNIFORM: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """A page and a head of one side: level times scale, `out [pages, H, 64, D]`."""
     page, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -155,7 +165,10 @@ def unpack_kernel(
     data = pages + page * page_bytes
     code = gather_codes(data + codes_at, d, token[None, :], width, at, UNIFORM)
     y = tl.load(levels + (h * 9 + width) * 256 + code)
-    scale = tl.load((data + scales_at).to(tl.pointer_type(tl.bfloat16)) + h * 64 + token).to(tl.float32)
+    if NARROW:
+        scale = load_narrow(data + scales_at + h * 64 + token)
+    else:
+        scale = tl.load((data + scales_at).to(tl.pointer_type(tl.bfloat16)) + h * 64 + token).to(tl.float32)
     scale = tl.where(scale < float("inf"), scale, 0)
     tl.store(out + ((page * H + h) * 64 + token[None, :]) * D + d, y * scale[None, :], mask=d < D)
 
@@ -218,7 +231,7 @@ def encode_pages(codec: QuantizedPageCodec, k: torch.Tensor, v: torch.Tensor, ce
         H=codec.heads, D=codec.key_dim, DP=_power(codec.key_dim), DV=codec.value_dim, DVP=_power(codec.value_dim),
         KU=key.uniform, VU=value.uniform, KEY_FIT=key.fit, VALUE_FIT=value.fit, CENTER=center is not None,
         HALF=0 if center is None else relative.shape[-1] // 2, INTERLEAVED=center is not None and center.interleaved,
-        num_warps=8,
+        NARROW=codec.key.scale_bits == 8, num_warps=8,
     )  # fmt: skip
     return pages
 
@@ -236,7 +249,8 @@ def unpack_codes(codec: QuantizedPageCodec, pages: torch.Tensor) -> tuple[torch.
             unpack_kernel[len(flat), codec.heads](
                 flat, table.levels, table.widths, table.offsets, out, codec.page_bytes,
                 codec.sections[next(names)][0], codec.sections[next(names)][0],
-                H=codec.heads, D=side.dim, DP=_power(side.dim), UNIFORM=table.uniform, num_warps=4,
+                H=codec.heads, D=side.dim, DP=_power(side.dim), UNIFORM=table.uniform,
+                NARROW=side.scale_bits == 8, num_warps=4,
             )  # fmt: skip
         outs.append(out)
     return tuple(outs)

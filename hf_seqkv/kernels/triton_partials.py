@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_scales import load_narrow
 from .triton_softmax import LOWEST, VARY, constant_part, limit, mask_row, reorder, softmax
 from .triton_tile import component_of, gather_tile, load_tables, table_keys, table_values, token_of
 
@@ -28,12 +29,13 @@ def partials(
     batch, parts, steps, length, offset, window, ahead, softcap, column,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, KB: tl.constexpr, KU: tl.constexpr, VB: tl.constexpr, VU: tl.constexpr, HALF: tl.constexpr,
-    HP: tl.constexpr, CENTER: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+    HP: tl.constexpr, CENTER: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """A head's block of rows over a run of pages: `mixed [pairs, parts, rows, DV]`, `tops` and `totals` without `DV`.
 
     `KB` and `VB` are the bits of codes expanded by tables; where 0, codes of `KU` and `VU` bits (0: each component its
-    own) are gathered. Offsets of sections are in words of their content: int32 for codes, bf16 for scales.
+    own) are gathered. Offsets of sections are in words of their content: int32 for codes, bf16 for scales,
+    bytes where they are `NARROW`.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     pair, part = block // tl.cdiv(ROWS, RB), block % tl.cdiv(ROWS, RB)
@@ -99,9 +101,13 @@ def partials(
             page = head_pages + n * page_words
             # The head, so told that no address of a gathered tile is computed before the loop, to fill the registers.
             again = h + (n * n + n) % 2
-            scales = page.to(tl.pointer_type(tl.bfloat16)) + h * 64 + token
-            key_scale = tl.load(scales + key_scales).to(tl.float32)
-            value_scale = tl.load(scales + value_scales).to(tl.float32)
+            if NARROW:
+                scales = page.to(tl.pointer_type(tl.uint8)) + h * 64 + token
+                key_scale, value_scale = load_narrow(scales + key_scales), load_narrow(scales + value_scales)
+            else:
+                scales = page.to(tl.pointer_type(tl.bfloat16)) + h * 64 + token
+                key_scale = tl.load(scales + key_scales).to(tl.float32)
+                value_scale = tl.load(scales + value_scales).to(tl.float32)
             if CENTER:
                 cos = tl.load(start + n * starts_n + i, mask=i < HALF, other=0)[:, None]
                 sin = tl.load(start + n * starts_n + HALF + i, mask=i < HALF, other=0)[:, None]

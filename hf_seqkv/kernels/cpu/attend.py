@@ -65,6 +65,7 @@ class _Template:
             setattr(call, f"{name}_dim", side.dim)
             setattr(call, f"{name}_codes", codec.sections[f"{name}_codes"][0])
             setattr(call, f"{name}_scales", codec.sections[f"{name}_scales"][0])
+            setattr(call, f"{name}_scale_bytes", side.scale_bits // 8)
             self.held.append(arrays)
         self.fields = bytes(call)
         self.table = self.tile = self.unit = self.at = None

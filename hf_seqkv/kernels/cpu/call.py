@@ -10,7 +10,7 @@ from .simd import add_product
 
 SPLIT = 16  # pages a part of a call takes: fixed, so that results do not depend on the thread count
 
-_SIDE = ("matrix", "offsets", "widths", "levels", "units", "mean", "dim", "codes", "scales")
+_SIDE = ("matrix", "offsets", "widths", "levels", "units", "mean", "dim", "codes", "scales", "scale_bytes")
 # Everything a call works on: addresses of arrays, strides in elements, counts, then the floats.
 CALL = np.dtype(
     [

@@ -54,7 +54,7 @@ def _template(codec: QuantizedPageCodec) -> tuple[np.ndarray, list]:
                 record[field] = array.ctypes.data
             record["dim"], record["tries"] = side.dim, 0 if side.scale == "norm" else 5 if side.mixed else 1
             record["codes"] = codec.sections[f"{name}_codes"][0]
-            record["scales"] = codec.sections[f"{name}_scales"][0]
+            record["scales"], record["scale_bytes"] = codec.sections[f"{name}_scales"][0], side.scale_bits // 8
             held.append(arrays)
         _TEMPLATES[codec] = records, held
     return _TEMPLATES[codec]

@@ -14,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ...codec.scales import BIAS, HELD
 from .simd import FAST, LANES, VECTOR, call, load, place, shuffle, splat, store
 from .simd16 import features
 
@@ -156,17 +157,28 @@ def _quantise(b, row, dim, tables, widths, weights, gain):
     return b.load(dot), b.load(power)
 
 
+def _nearest_scale(b, x):
+    """`codec.scales.nearest` of 16 numbers."""
+    low = b.sub(b.lshr(b.bitcast(x, _INTEGERS), _integer(20)), _integer(BIAS))
+    low = b.select(b.icmp_signed("<", low, _integer(1)), _integer(1), low)
+    last = b.icmp_signed(">=", low, _integer(HELD - 1))
+    low = b.select(last, _integer(HELD - 1), low)
+    below, above = (b.bitcast(b.shl(b.add(low, _integer(step + BIAS)), _integer(20)), VECTOR) for step in (0, 1))
+    up = b.and_(b.fcmp_ordered(">=", b.fmul(x, x), b.fmul(below, above)), b.not_(last))
+    return b.select(b.fcmp_ordered("==", x, _number(0.0)), x, b.select(up, above, below))
+
+
 @intrinsic
-def fit_gains(typingctx, y, stride, dim, tables, widths, weights, total, factors, tries, gains, scales):
+def fit_gains(typingctx, y, stride, dim, tables, widths, weights, total, factors, tries, narrow, gains, scales):
     """Gains and scales of 16 tokens, `y [dim, tokens]`, which become numbers around 1 in place.
 
     Arguments: y and the stride of its components, their count, the head's tables `[9, 2, TABLE]`, widths (bytes) and
-    weights, the sum of the weights, the factors to try on the gain (none: the gain is the scale) and how many, and
-    where to leave gains to divide by (fp32) and scales (bf16).
+    weights, the sum of the weights, the factors to try on the gain (none: the gain is the scale) and how many, whether
+    scales are stored as bytes, and where to leave gains to divide by (fp32) and scales (bf16).
     """
 
     def generate(context, b, signature, args):
-        y, stride, dim, tables, widths, weights, total, factors, tries, gains, scales = args
+        y, stride, dim, tables, widths, weights, total, factors, tries, narrow, gains, scales = args
 
         def row(d):
             return place(b, y, b.mul(d, stride))
@@ -185,15 +197,20 @@ def fit_gains(typingctx, y, stride, dim, tables, widths, weights, total, factors
             better = b.fcmp_ordered("<", error, b.load(least))
             for new, variable in ((gain, best), (ratio, fitted), (error, least)):
                 b.store(b.select(better, new, b.load(variable)), variable)
-        store(b, _larger(b, b.load(best), _number(1e-30)), place(b, gains, _I64(0)))
         words, grow = ir.VectorType(_I16, LANES), _power_of_two(b, exponent)
-        bits = b.bitcast(b.fmul(b.fmul(b.load(fitted), grow[0]), grow[1]), _INTEGERS)
+        scale = cgutils.alloca_once_value(b, b.fmul(b.fmul(b.load(fitted), grow[0]), grow[1]))
+        with b.if_then(b.icmp_signed("!=", narrow, _I64(0))):
+            b.store(_nearest_scale(b, b.load(scale)), scale)
+            shrink = _power_of_two(b, b.sub(_integer(0), exponent))
+            b.store(b.fmul(b.fmul(b.load(scale), shrink[0]), shrink[1]), best)
+        store(b, _larger(b, b.load(best), _number(1e-30)), place(b, gains, _I64(0)))
+        bits = b.bitcast(b.load(scale), _INTEGERS)
         odd = b.and_(b.lshr(bits, _integer(16)), _integer(1))  # to the nearest, ties to even
         bits = b.lshr(b.add(b.add(bits, odd), _integer(0x7FFF)), _integer(16))
         store(b, b.trunc(bits, words), _at(b, scales, _I64(0), 2, words), 2)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6, types.float32, *[types.int64] * 4), generate
+    return types.void(*[types.int64] * 6, types.float32, *[types.int64] * 5), generate
 
 
 @intrinsic

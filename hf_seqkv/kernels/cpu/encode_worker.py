@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, cfunc, njit, prange
 
+from ...codec.scales import BIAS
 from .call import padded
 from .encode_simd import TABLE, find_codes, fit_gains
 from .jit import OPTIONS, pointer, take_number
@@ -12,7 +13,7 @@ from .simd import LANES, add_product
 from .threads import Entry
 
 # numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernels.py`).
-CALLS = "e4def55202f16d82"
+CALLS = "1bde7fcf426de679"
 
 FP32, BF16, FP16 = range(3)
 # numba gives its fastmath flags to intrinsics too; without them quotients and errors round as the codec's own do.
@@ -24,7 +25,7 @@ SIDE = np.dtype(
         for name in (
             *("data", "dtype", "row", "page", "head", "token", "dim"),
             *("matrix", "mean", "widths", "offsets", "tables", "weights", "totals", "factors", "tries"),
-            *("codes", "scales"),
+            *("codes", "scales", "scale_bytes"),
         )
     ]
 )
@@ -120,10 +121,16 @@ def _encode_head(a, side, is_key, b, page, h, x, y, gains, scales, codes):
     for t in range(0, wide, LANES):
         fit_gains(
             y.ctypes.data + 4 * t, wide, dim, tables, side.widths + h * dim, weights, total, side.factors, side.tries,
-            gains.ctypes.data + 4 * t, scales.ctypes.data + 2 * t,
+            side.scale_bytes == 1, gains.ctypes.data + 4 * t, scales.ctypes.data + 2 * t,
         )  # fmt: skip
     target = a.out + (b * a.pages + page) * a.page_bytes
-    carray(pointer(target + side.scales + 2 * h * a.size), a.size, np.uint16)[:] = scales[: a.size]
+    stored = target + side.scales + side.scale_bytes * h * a.size
+    if side.scale_bytes == 1:
+        narrow = carray(pointer(stored), a.size, np.uint8)
+        for t in range(a.size):
+            narrow[t] = max(np.int64(scales[t] >> np.uint16(4)) - BIAS, 0)
+    else:
+        carray(pointer(stored), a.size, np.uint16)[:] = scales[: a.size]
     widths = carray(pointer(side.widths + h * dim), dim, np.uint8)
     offsets = carray(pointer(side.offsets + 8 * h * dim), dim, np.int64)
     for d in range(dim):

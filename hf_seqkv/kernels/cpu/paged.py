@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
+from ...codec.scales import BIAS, HELD
 from . import simd16
 from .call import SPLIT, limit, padded, rotated_rows, unlimited
 from .jit import OPTIONS, pointer
@@ -33,8 +34,19 @@ def _aligned(size):
 
 
 @njit(**OPTIONS)
-def _read_scales(address, size, scale):
-    """bf16 scales as fp32, infinite ones as 0; returns whether there was one."""
+def _read_narrow(address, size, scale):
+    raw, bits, held = carray(pointer(address), size, np.uint8), scale.view(np.int32), False
+    for j in range(size):
+        held |= raw[j] == HELD
+        bits[j] = 0 if raw[j] == 0 or raw[j] == HELD else (np.int32(raw[j]) + np.int32(BIAS)) << np.int32(20)
+    return held
+
+
+@njit(**OPTIONS)
+def _read_scales(address, size, width, scale):
+    """Scales of `width` bytes as fp32, infinite ones as 0; returns whether there was one."""
+    if width == 1:
+        return _read_narrow(address, size, scale)
     whole = size // 16 * 16
     infinite = widen(address, whole, scale.ctypes.data)
     raw, bits = carray(pointer(address), size, np.uint16), scale.view(np.int32)
@@ -45,8 +57,13 @@ def _read_scales(address, size, scale):
 
 
 @njit(**OPTIONS)
-def _hide(address, row):
-    """Minus infinity for the tokens whose key scale, at an address, is infinite."""
+def _hide(address, width, row):
+    """Minus infinity for the tokens whose key scale, `width` bytes at an address, is infinite."""
+    if width == 1:
+        narrow = carray(pointer(address), row.shape[0], np.uint8)
+        for j in range(row.shape[0]):
+            row[j] = -np.inf if narrow[j] == HELD else row[j]
+        return
     raw = carray(pointer(address), row.shape[0], np.uint16)
     for j in range(row.shape[0]):
         row[j] = -np.inf if raw[j] == 0x7F80 else row[j]
@@ -157,7 +174,9 @@ def pages_part(a, b, h, part, row0, rows):
         else:
             totals[r] = exponentials(row, count * wide, tops[r])
     for n in range(count):
-        _read_scales(first + n * a.page_bytes + a.value_scales + 2 * h * size, size, scale)
+        _read_scales(
+            first + n * a.page_bytes + a.value_scales + a.value_scale_bytes * h * size, size, a.value_scale_bytes, scale
+        )
         for r in range(rows):
             scale_row(scores.ctypes.data + 4 * wide * (r * count + n), wide, scale.ctypes.data)
     weights = _aligned(_ITEM * rows * count * wide).view(_OPERAND).reshape(rows, count * wide)
@@ -197,7 +216,8 @@ def _score_pages(a, b, h, part, row0, first, count, scores, scale):
     levels = carray(pointer(a.key_levels), (a.heads, 9, 256), _OPERAND)[h]
     for n in range(count):
         page = first + n * a.page_bytes
-        some_hidden = _read_scales(page + a.key_scales + 2 * h * size, size, scale)
+        key_scales = page + a.key_scales + a.key_scale_bytes * h * size
+        some_hidden = _read_scales(key_scales, size, a.key_scale_bytes, scale)
         for r in range(rows):
             row = carray(pointer(scores.ctypes.data + 4 * wide * (r * count + n)), wide, np.float32)
             for j in range(wide):
@@ -222,4 +242,4 @@ def _score_pages(a, b, h, part, row0, first, count, scores, scale):
                 head = h * (a.rows // a.steps) + at // a.steps
                 limit(a, row[:size], b, head, at % a.steps, slot + n * size)
                 row[size:] = -np.inf
-                _hide(page + a.key_scales + 2 * h * size, row[:size])
+                _hide(key_scales, a.key_scale_bytes, row[:size])

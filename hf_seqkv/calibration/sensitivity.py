@@ -1,0 +1,79 @@
+"""What a model's output feels of its cache: second moments of gradients, and which tokens they are large for.
+
+With `g` the gradient, with respect to one token's cached keys of one head, of the negative log-likelihoods of later
+tokens sampled from the model, `E[g g^T]` is the Fisher information: an error `e` of those keys costs half of
+`e^T E[g g^T] e` in nats of Kullback–Leibler divergence. Source: Amari, "Natural gradient works efficiently in
+learning", 1998.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..codec import importance
+
+FLOOR = 0.02  # of the mean over components: no direction is free, however few samples there were
+GAIN = 0.5  # of a token's predicted energy that its quantiser's step follows
+RIDGE = 20.0  # in standardised features
+
+
+class Sensitivity:
+    """Running statistics of one layer's gradients.
+
+    Args:
+        bits: Of keys and of values in hot pages, whose error is weighed where a token is to be held dense.
+    """
+
+    def __init__(self, bits: tuple[float, float]) -> None:
+        self.errors = [4.0**-b for b in bits]
+        self.metrics: list[torch.Tensor] | None = None  # [H, D, D] of keys and of values
+        self.gram = self.cross = None
+        self.tokens = self.queries = self.windows = 0
+
+    def add(self, x: list[torch.Tensor], gradients: list[torch.Tensor], positions: torch.Tensor, queries: int) -> None:
+        """Add one window's tokens.
+
+        Args:
+            x: Keys before RoPE and values, `[n, H, D]` each.
+            gradients: The same of the summed loss of `queries` later tokens.
+            positions: `[n]`.
+        """
+        x, gradients = ([t.float() for t in group] for group in (x, gradients))
+        found = importance.features(*x, positions).double()
+        energies = [g.square().sum((1, 2)).double() for g in gradients]
+        # What the hot codes' error costs: it is a fraction of a vector, keys without their constant part.
+        coded = [x[0] - x[0].mean(0), x[1]]
+        parts = zip(self.errors, coded, gradients, strict=True)
+        costs = [e * (t.square().sum(2) * g.square().sum(2)).sum(1).double() for e, t, g in parts]
+        energies = torch.stack([*energies, sum(costs)], 1)
+        logs = energies.clamp_min(1e-30).maximum(energies.mean(0) * 1e-9).log2()
+        second = [torch.einsum("nhi,nhj->hij", g, g).double() for g in gradients]
+        if self.metrics is None:
+            self.metrics, self.gram, self.cross = second, found.T @ found, found.T @ logs
+        else:
+            self.metrics = [a + b for a, b in zip(self.metrics, second, strict=True)]
+            self.gram, self.cross = self.gram + found.T @ found, self.cross + found.T @ logs
+        self.tokens, self.queries, self.windows = self.tokens + len(found), self.queries + queries, self.windows + 1
+
+    def metric(self, side: int) -> torch.Tensor:
+        """Nats a query that an error of each token costs, twice, as a matrix: `[H, D, D]` fp64, positive definite."""
+        second = self.metrics[side].cpu() / self.queries
+        trace = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return second + FLOOR * trace.clamp_min(1e-20) * torch.eye(second.shape[-1], dtype=torch.float64)
+
+    def importance(self, target: int) -> torch.Tensor:
+        """Weights of `codec.importance.features` that give a token's level, before its threshold; `[F]` fp32.
+
+        A ridge regression of the binary logarithm of a token's energy; a level is a factor of 4 in energy.
+
+        Args:
+            target: 0 for its keys' energy, 1 for its values', 2 for what its hot codes' error costs.
+        """
+        gram, cross = self.gram.cpu() / self.tokens, self.cross[:, target].cpu() / self.tokens
+        mean = gram[:-1, -1]
+        spread = (gram.diagonal()[:-1] - mean.square()).clamp_min(0).sqrt() + 1e-6
+        covariance = (gram[:-1, :-1] - mean[:, None] * mean) / spread / spread[:, None]
+        target = (cross[:-1] - mean * cross[-1]) / spread
+        eye = torch.eye(len(mean), dtype=torch.float64)
+        weights = torch.linalg.solve(covariance + RIDGE / self.tokens * eye, target) / spread
+        return (GAIN / 2 * torch.cat([weights, -(weights @ mean)[None]])).float()

@@ -1,0 +1,257 @@
+"""From a sample of keys and values, and what the output feels of them, to a sequence codec.
+
+Layers are fitted in the order in which they are coded, each on the codec's own reconstruction of those before: a
+predictor trained on anything else than what the decoder has amplifies errors.
+
+Source: predictors by ridge regression, its strength chosen on held-out pages; the Karhunen–Loève transform of the
+residual in the metric of `sensitivity.py`; reverse water-filling by one step for all coefficients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm.auto import tqdm
+
+from ..codec.deadzone import OFFSETS
+from ..codec.importance import LEVELS, features, levels
+from ..codec.sequence import SequenceCodec
+from ..codec.sequence_part import (
+    CLASSES,
+    LADDER,
+    LEVEL_CLASSES,
+    SHARES,
+    SHIFT_CLASS,
+    SIZES,
+    Context,
+    Part,
+    PartCoder,
+    best_shifts,
+    dct,
+    shifted,
+    size_codes,
+)
+from ..codec.symbol_tables import LIMIT, SymbolTables
+from .regression import Regression
+from .sensitivity import Sensitivity
+
+COUNTED = 4  # one row in so many is counted: there are plenty
+EMBEDDED = -1  # the name of the embeddings among inputs that are numbers of parts
+FORECAST = 0.0038  # nats a token that step 0 would cost were all errors uniform and small: measured, several times it
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a sequence codec is made of; what is left out shows what it is worth.
+
+    Args:
+        prediction: Parts are predicted from others.
+        metric: Errors are measured by what the output feels; without, all keys and values alike.
+        heads: The transform goes across the heads of a layer; without, each head has its own.
+        tokens: A DCT goes along a page's tokens.
+        importance: Tokens on which much depends are refined.
+    """
+
+    prediction: bool = True
+    metric: bool = True
+    heads: bool = True
+    tokens: bool = True
+    importance: bool = True
+
+
+PROFILES = {"full": Ingredients(), "light": Ingredients(prediction=False)}
+
+
+@dataclass
+class Sample:
+    """Tokens to fit to, whole pages.
+
+    Args:
+        keys, values: Of each layer, before RoPE, `[N, H, P, D]`, any float dtype.
+        embedded: `[N, P, E]`.
+        positions: In their sequence, `[N, P]`.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    embedded: torch.Tensor
+    positions: torch.Tensor
+
+
+class _Tally:
+    """Counts of symbols by class, and how far what they stand for lies from them."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(CLASSES, 2 * LIMIT + 1, dtype=torch.float64)
+        self.beyond = torch.zeros(CLASSES, dtype=torch.float64)
+        self.shift = torch.zeros(CLASSES * OFFSETS, dtype=torch.float64)
+        self.seen = torch.zeros(CLASSES * OFFSETS, dtype=torch.float64)
+
+    def add(self, zone, x: torch.Tensor, which: torch.Tensor, bits: torch.Tensor | None = None) -> torch.Tensor:
+        """Quantise `x [n, M]` and count some of it, with shifts by `bits` where given; returns what is rebuilt."""
+        symbols, rebuilt = zone.quantise(x, which)
+        symbols, x, which = symbols[::COUNTED], x[::COUNTED], which[::COUNTED]
+        kinds = zone.classes.long()[which]
+        if bits is not None:
+            shifts = best_shifts(symbols, zone.classes[0], bits)
+            self._count(torch.full_like(shifts, SHIFT_CLASS), shifts)
+            kinds = shifted(zone.classes[0], shifts).long()
+        sizes = symbols.abs().long()
+        inside = sizes <= LIMIT
+        self._count(kinds[inside], symbols[inside].long())
+        self.beyond += torch.bincount(kinds[~inside], minlength=CLASSES)
+        scaled = x.gather(1, zone.order.long()[which]).abs() / zone.steps[which][:, None]
+        coded = sizes > 0
+        at = kinds[coded] * OFFSETS + sizes[coded].clamp(max=OFFSETS) - 1
+        self.shift += torch.bincount(at, (scaled - sizes)[coded].double(), CLASSES * OFFSETS)
+        self.seen += torch.bincount(at, minlength=CLASSES * OFFSETS)
+        return rebuilt
+
+    def _count(self, kinds: torch.Tensor, values: torch.Tensor) -> None:
+        found = torch.bincount(kinds * (2 * LIMIT + 1) + values + LIMIT, minlength=self.counts.numel())
+        self.counts += found.view_as(self.counts)
+
+    def add_levels(self, share: int, found: torch.Tensor) -> None:
+        self._count(torch.full_like(found, LEVEL_CLASSES + share), found)
+
+    def tables(self) -> SymbolTables:
+        return SymbolTables.fit(self.counts, self.beyond)
+
+    def offsets(self) -> torch.Tensor:
+        """`[CLASSES, 3]` fp32."""
+        return (self.shift / (self.seen + 4)).view(CLASSES, OFFSETS).float()
+
+
+def _provisional() -> tuple[SymbolTables, torch.Tensor]:
+    """Tables and offsets of Laplacian coefficients, to quantise by until there are measured ones."""
+    deviation = 2.0 ** ((torch.arange(CLASSES, dtype=torch.float64) % SIZES - SIZES // 3) / 4)
+    rate = 2**0.5 / deviation[:, None]
+    value = torch.arange(-LIMIT, LIMIT + 1).abs()
+    counts = torch.where(value == 0, 1 - (-rate / 2).exp(), (-rate * value).exp() * (rate / 2).sinh())
+    offset = 1 / rate - 0.5 / (rate / 2).tanh()
+    return SymbolTables.fit(1e4 * counts), offset.expand(-1, OFFSETS).float().contiguous()
+
+
+def fit_sequence(
+    sample: Sample, sensitivities: list[Sensitivity], using: Ingredients = PROFILES["full"], progress: bool = True
+) -> tuple[SequenceCodec, dict]:
+    """Fit a codec, at step 0.
+
+    Args:
+        sensitivities: Of each layer.
+        using: Without prediction pages decode faster and take more bytes; without any other they only take more.
+
+    Returns:
+        The codec, and a report: for every layer and side `left` (variance that prediction leaves, held out), and
+        `forecast`, nats a token that the errors of each step cost by the metric, were they small and apart.
+    """
+    values = sum(x.shape[1] * x.shape[3] for x in (*sample.keys, *sample.values))
+    base = (24 * FORECAST / values) ** 0.5
+    size, layers = sample.positions.shape[1], len(sample.keys)
+    along = dct(size).clone() if using.tokens else torch.eye(size)
+    tally, (tables, offsets) = _Tally(), _provisional()
+    bits = tables.bits()
+    parts: list[Part] = [None] * (2 * layers)
+    measured: dict[tuple[int, int], tuple] = {}
+    left: list[float] = []
+    order = sorted(LADDER, key=abs)  # at step 0 everything is fitted, at others only sizes are measured
+    bar = tqdm(total=len(order) * layers, desc="calibrate: sequence codec", unit="layer", disable=not progress)
+    regression = Regression(len(sample.positions), size)
+    forecast = dict.fromkeys(map(str, LADDER), 0.0)
+    for step in order:
+        context = Context(sample.embedded.float() if using.prediction else None)
+        if using.prediction and step == 0:
+            regression.add(EMBEDDED, context.embedded)
+        for index in range(2 * layers):
+            layer, side = divmod(index, 2)
+            if side == 0:
+                x = [t[layer].float().transpose(1, 2).flatten(0, 1) for t in (sample.keys, sample.values)]
+                found = features(*x, sample.positions.flatten())
+            flat = x[side].flatten(1)
+            if step == 0:
+                names = [EMBEDDED, *(i for i in _inputs(index) if i >= 0)] if using.prediction else []
+                blank = torch.zeros(len(LADDER), 1, flat.shape[1], dtype=torch.uint8)
+                sizes = {"sizes": blank.expand(-1, size, -1), "refined": blank.expand(-1, LEVELS, -1)}
+                predictor, bias, rest = regression.solve(names, flat) if names else (None, flat.mean(0), 1.0)
+                parts[index] = Part(bias, predictor, None, importance=None, share=0, **sizes)
+                left.append(rest)
+            predicted = context.predict(parts[index])
+            residual = flat - predicted
+            if step == 0:
+                parts[index] = _fit_transform(parts[index], residual, sensitivities[layer], side, found, using)
+            chosen = levels(found, parts[index].importance)
+            measured[index, step], z, found_z = _measure(
+                parts[index], along, residual, chosen, step, base, (bits, offsets), tally
+            )
+            forecast[str(step)] += ((z - found_z).square().sum() / len(z) / 2).item()
+            decoded = found_z @ parts[index].synthesis + predicted
+            context.add(decoded)
+            if using.prediction and step == 0:
+                regression.add(index, decoded)
+                regression.keep([EMBEDDED, *(i for i in range(index - 4 + side, index + 1) if i >= 0)])
+            bar.update(side)
+    bar.close()
+    done = []
+    for index, part in enumerate(parts):
+        sizes, refined = (torch.stack([measured[index, step][i] for step in LADDER]) for i in range(2))
+        done.append(replace(part, sizes=sizes, refined=refined))
+    report = {"left": {"key": left[::2], "value": left[1::2]}, "forecast": forecast}
+    return SequenceCodec(done, along, tally.tables(), tally.offsets(), base, 0), report
+
+
+def _inputs(index: int) -> list[int]:
+    """Parts that a part is predicted from, in `Context`'s order; those below 0 are before the first layer."""
+    first = index - index % 2
+    return [first - 2, first - 1, first - 4, first - 3, *([first] if index % 2 else [])]
+
+
+def _fit_transform(part: Part, residual, sensitivity: Sensitivity, side: int, found, using: Ingredients) -> Part:
+    """The part with its transform and importance."""
+    metric = sensitivity.metric(side)
+    if not using.metric:
+        metric = metric.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(metric.shape[-1]).expand_as(metric).double()
+    factor = torch.block_diag(*torch.linalg.cholesky(metric))
+    felt = residual @ factor.float()
+    second = (felt.T @ felt / len(felt)).double()
+    if not using.heads:
+        second = second * torch.block_diag(*torch.ones_like(metric))
+    _, basis = torch.linalg.eigh(second)
+    basis = basis.flip(-1)
+    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # the sign is arbitrary: fix it
+    synthesis = torch.linalg.inv(factor @ basis).float().contiguous()
+    weights = sensitivity.importance(side) * using.importance
+    weights[-1] -= (found @ weights).median()
+    share = int((levels(found, weights) == 0).float().mean() * (SHARES - 1))
+    return replace(part, synthesis=synthesis, importance=weights, share=share)
+
+
+def _measure(part: Part, along, residual, found_levels, step: int, base: float, tables, tally: _Tally):
+    """Code a part's residuals at a step: sizes met, `[P, W]` and `[LEVELS, W]` codes; transformed, and as decoded."""
+    z = residual @ part.analysis
+    coefficients = (along @ z.unflatten(0, (-1, len(along)))).flatten(1)
+    codes = size_codes(coefficients.square().mean(0).sqrt(), base).unflatten(0, (len(along), -1))
+    coder = PartCoder(_with_sizes(part, codes, part.refined[0]), along, step, base, *tables)
+    rows = torch.zeros(len(coefficients), dtype=torch.int64)
+    rebuilt = coder.tokens(tally.add(coder.coarse, coefficients, rows, tables[0]))
+    error = z - rebuilt
+    typical = error.square().mean(0).sqrt()
+    finer = torch.stack([_typical(error[found_levels == v], typical) for v in range(1, LEVELS + 1)])
+    refined = size_codes(finer, base)
+    coder = PartCoder(_with_sizes(part, codes, refined), along, step, base, *tables)
+    chosen = found_levels.nonzero()[:, 0]
+    rebuilt[chosen] += tally.add(coder.fine, error[chosen], found_levels[chosen] - 1)
+    tally.add_levels(part.share, found_levels)
+    return (codes, refined), z, rebuilt
+
+
+def _typical(rows: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of each column, drawn towards `otherwise` where there are few rows."""
+    prior = 16
+    return ((rows.square().sum(0) + prior * otherwise.square()) / (len(rows) + prior)).sqrt()
+
+
+def _with_sizes(part: Part, codes: torch.Tensor, refined: torch.Tensor) -> Part:
+    """The part, of these sizes at every step."""
+    same = [t[None].expand(len(LADDER), *t.shape) for t in (codes, refined)]
+    return replace(part, sizes=same[0], refined=same[1])

@@ -1,0 +1,234 @@
+"""The sequence codec: pages of all layers, predicted, transformed and entropy-coded.
+
+Coding goes layer by layer, keys then values, over the `P` tokens of a page at once. One *part* is one side of a layer:
+
+1. prediction: linear in the token's embedding, in what the two parts before held as decoded, of both layers below, and,
+   for values, in the decoded keys. Keys are taken before RoPE.
+2. transform: the residual times a matrix that whitens what the model's output feels and removes correlation across
+   heads and components; then a DCT along the page's tokens, after which errors do not add up over tokens.
+3. quantisation: `deadzone.py`, one step for everything; classes tell the expected size of each coefficient in it, and
+   a page moves all those of a part by a shift of its own.
+4. refinement: tokens on which much depends (`importance.py`) get their error coded again with a step of `2**-level`.
+5. entropy coding: `entropy.py`, with static tables. Symbols depend on integers alone; predictions only shift what they
+   are added to, so that arithmetic that differs between machines moves a result by rounding and never loses a stream.
+
+Steps are counted in quarter octaves from the calibration's own (`step` of -4 is half of it). The expected sizes were
+measured at three steps (`LADDER`) and lie on the line between them elsewhere.
+
+A stored page, little-endian: magic `SKVS`, version u16, step i16, page size u16, parts u16, bytes of three streams u32
+each, codec fingerprint 16 bytes, CRC-32 of all but itself u32; then the streams. The first holds the levels of all
+parts and their shifts, the second their coefficients, the third the refined tokens' symbols, part by part, token by
+token.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..errors import FormatError
+from . import entropy, importance
+from .importance import LEVELS
+from .sequence_part import LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts, shifted
+from .symbol_tables import SymbolTables
+
+MAGIC, VERSION = b"SKVS", 1
+_HEADER = struct.Struct("<4sHhHHIII16sI")
+
+
+class SequenceCodec:
+    """Codec of the pages of all coded layers at one step.
+
+    Args:
+        parts: Keys and values of every layer, in the order in which layers run.
+        along: Orthogonal transform of a page's tokens, `[P, P]`, rows are the basis.
+        tables: Of `sequence_part.CLASSES` classes.
+        offsets: Reconstruction points, `[CLASSES, 3]`; see `deadzone.py`.
+        base: Step 0, in units of the coefficients.
+        step: Quarter octaves from it.
+
+    Layers may differ in heads and head dims; pages are of `P` tokens each.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], along, tables: SymbolTables, offsets: torch.Tensor, base: float, step: int
+    ):
+        self.parts, self.along, self.tables, self.offsets = list(parts), along, tables, offsets
+        self.base, self.step, self.page_size = base, step, len(along)
+        bits = tables.bits()
+        self.coders = [PartCoder(part, along, step, base, bits, offsets) for part in parts]
+        shares = torch.tensor([part.share + LEVEL_CLASSES for part in parts], dtype=torch.uint8)
+        shifts = torch.full((len(parts),), SHIFT_CLASS, dtype=torch.uint8)
+        self._head = torch.cat([shares.repeat_interleave(self.page_size), shifts])
+
+    @property
+    def predicts(self) -> bool:
+        """Whether coding needs the tokens' embeddings."""
+        return self.parts[0].predictor is not None
+
+    def at(self, step: int) -> SequenceCodec:
+        """The same codec at another step."""
+        return SequenceCodec(self.parts, self.along, self.tables, self.offsets, self.base, step)
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """16 bytes of a SHA-256 of everything that decoding depends on, but the step."""
+        digest = hashlib.sha256(repr((self.page_size, self.base)).encode())
+        for part in self.parts:
+            tables = [part.bias, part.predictor, part.synthesis, part.sizes, part.refined, torch.tensor(part.share)]
+            for table in tables:
+                digest.update(b"" if table is None else table.contiguous().numpy().tobytes())
+        for table in (self.along, self.tables.frequencies, self.offsets):
+            digest.update(table.contiguous().numpy().tobytes())
+        return digest.digest()[:16]
+
+    def encoder(self, embedded: torch.Tensor | None) -> SequenceEncoder:
+        """An encoder of `N` pages with embeddings `[N, P, E]`, to which layers are added in order."""
+        return SequenceEncoder(self, embedded)
+
+    def decode(
+        self, pages: Sequence[bytes], embedded: torch.Tensor | None, heads: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys before RoPE and values of every layer in turn, `[N, H, P, D]` fp32.
+
+        Args:
+            embedded: `[N, P, E]`, of the same tokens as at encoding; None for a codec that does not predict.
+            heads: KV heads of each layer.
+
+        Raises:
+            FormatError: A page is truncated, damaged, of another version or of another codec.
+        """
+        levels, coarse, fine = self._read(pages)
+        context = Context(embedded)
+        for index, coder in enumerate(self.coders):
+            residual = coder.decode(coarse[index], fine[index], levels[:, index].flatten())
+            context.add(residual + context.predict(coder.part))
+            if index % 2:
+                yield tuple(self._heads(x, heads[index // 2]) for x in context.layers[0])
+
+    def _heads(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        return x.unflatten(0, (-1, self.page_size)).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------
+
+    def write(self, levels: torch.Tensor, coarse: list[torch.Tensor], fine: list[torch.Tensor]) -> list[bytes]:
+        """Stored pages.
+
+        Args:
+            levels: `[N, parts, P]` int64.
+            coarse, fine: Symbols of each part, `[N, P * W]` and `[n, W]` int32, tokens in order.
+        """
+        pages, bits = len(levels), self.tables.bits()
+        shifts = [best_shifts(x, coder.coarse.classes[0], bits) for x, coder in zip(coarse, self.coders, strict=True)]
+        shifts = torch.stack(shifts, 1)
+        counts = [(levels[:, i] > 0).sum(-1).tolist() for i in range(len(self.parts))]
+        finer = [x.split(count) for x, count in zip(fine, counts, strict=True)]
+        symbols = [torch.cat([levels[n].flatten(), shifts[n]]).to(torch.int32) for n in range(pages)]
+        symbols += [torch.cat([x[n] for x in coarse]) for n in range(pages)]
+        symbols += [torch.cat([x[n].flatten() for x in finer]) for n in range(pages)]
+        kinds = [self._head] * pages + self._coarse_classes(shifts) + [self._fine_classes(x) for x in levels]
+        streams = entropy.encode_many(symbols, kinds, self.tables)
+        return [self._seal(streams[n::pages]) for n in range(pages)]
+
+    def _coarse_classes(self, shifts: torch.Tensor) -> list[torch.Tensor]:
+        """Classes of the second stream of pages with shifts `[N, parts]`."""
+        rows = zip(self.coders, shifts.unbind(1), strict=True)
+        return list(torch.cat([shifted(coder.coarse.classes[0], row) for coder, row in rows], 1))
+
+    def _fine_classes(self, levels: torch.Tensor) -> torch.Tensor:
+        """Classes of the second stream of a page with levels `[parts, P]`."""
+        found = [coder.fine.classes[row[row > 0] - 1].flatten() for coder, row in zip(self.coders, levels, strict=True)]
+        return torch.cat(found)
+
+    def _header(self, sizes: Sequence[int]) -> bytes:
+        shape = (self.page_size, len(self.parts))
+        return _HEADER.pack(MAGIC, VERSION, self.step, *shape, *sizes, self.fingerprint, 0)[:-4]
+
+    def _seal(self, streams: Sequence[bytes]) -> bytes:
+        body, blank = b"".join(streams), self._header([len(stream) for stream in streams])
+        return blank + struct.pack("<I", zlib.crc32(body, zlib.crc32(blank))) + body
+
+    def _read(self, pages: Sequence[bytes]):
+        """Levels `[N, parts, P]` int64 and symbols of every part, as `write` takes them."""
+        first, second, third = zip(*map(self._open, pages), strict=True)
+        heads = torch.stack(entropy.decode_many(first, [self._head] * len(pages), self.tables)).long()
+        levels, shifts = heads.split([len(self.parts) * self.page_size, len(self.parts)], 1)
+        levels = levels.unflatten(1, (len(self.parts), -1))
+        if levels.min() < 0 or levels.max() > LEVELS or shifts.abs().max() > SHIFTS:
+            raise FormatError(
+                f"a level is not one of 0 to {LEVELS}, or a shift beyond {SHIFTS}: the page is damaged; drop it and "
+                "prefill again"
+            )
+        second = torch.stack(entropy.decode_many(second, self._coarse_classes(shifts), self.tables))
+        coarse = second.split([part.sizes[0].numel() for part in self.parts], 1)
+        third = entropy.decode_many(third, [self._fine_classes(x) for x in levels], self.tables)
+        widths = [part.sizes.shape[2] for part in self.parts]
+        sizes = ((levels > 0).sum(-1) * torch.tensor(widths)).tolist()
+        runs = [x.split(size) for x, size in zip(third, sizes, strict=True)]
+        fine = [torch.cat([run[i] for run in runs]).unflatten(0, (-1, width)) for i, width in enumerate(widths)]
+        return levels, coarse, fine
+
+    def _open(self, page: bytes) -> list[bytes]:
+        if len(page) < _HEADER.size:
+            raise FormatError(f"page of {len(page)} bytes is shorter than its {_HEADER.size}-byte header: truncated")
+        magic, version, step, size, parts, *sizes, fingerprint, crc = _HEADER.unpack_from(page)
+        if magic != MAGIC:
+            raise FormatError(f"not a sequence page: magic is {magic!r}, must be {MAGIC!r}")
+        if version != VERSION:
+            raise FormatError(f"sequence page version {version}; this hf_seqkv reads version {VERSION}: upgrade it")
+        body = page[_HEADER.size :]
+        if len(body) != sum(sizes):
+            raise FormatError(f"sequence page has {len(body)} bytes, its header promises {sum(sizes)}: truncated")
+        if zlib.crc32(body, zlib.crc32(page[: _HEADER.size - 4])) != crc:
+            raise FormatError("sequence page's checksum does not match: it is damaged; drop it and prefill again")
+        mine = (self.step, self.page_size, len(self.parts), self.fingerprint)
+        if (step, size, parts, fingerprint) != mine:
+            raise FormatError(
+                f"sequence page was written by another codec (step, page size, parts {(step, size, parts)}, "
+                f"fingerprint {fingerprint.hex()}); this one is {mine[:3]}, {self.fingerprint.hex()}"
+            )
+        ends = list(itertools.accumulate(sizes))
+        return [body[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+class SequenceEncoder:
+    """Pages being encoded, layer by layer; see `SequenceCodec.encoder`."""
+
+    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None):
+        self.codec, self.context = codec, Context(embedded)
+        self.levels: list[torch.Tensor] = []
+        self.coarse: list[torch.Tensor] = []
+        self.fine: list[torch.Tensor] = []
+
+    def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Code the next layer.
+
+        Args:
+            k, v: Keys before RoPE `[N, H, P, Dk]` and values `[N, H, P, Dv]`.
+            positions: Of the tokens in their sequence, `[N, P]`.
+
+        Returns:
+            Both as decoded, fp32.
+        """
+        k, v = (x.float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]
+        found = importance.features(k, v, positions.flatten())
+        for x in (k, v):
+            coder = self.codec.coders[len(self.levels)]
+            levels = importance.levels(found, coder.part.importance)
+            predicted = self.context.predict(coder.part)
+            coarse, fine, residual = coder.encode(x.flatten(1) - predicted, levels)
+            self.context.add(residual + predicted)
+            self.levels.append(levels.unflatten(0, (-1, self.codec.page_size)))
+            self.coarse.append(coarse)
+            self.fine.append(fine)
+        return tuple(self.codec._heads(x, k.shape[1]) for x in self.context.layers[0])
+
+    def finish(self) -> list[bytes]:
+        """The stored pages, once all layers were added."""
+        return self.codec.write(torch.stack(self.levels, 1), self.coarse, self.fine)

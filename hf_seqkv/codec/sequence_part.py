@@ -1,0 +1,172 @@
+"""Parts: what predicts, transforms and quantises one side, keys or values, of one layer in the sequence codec.
+
+See `sequence.py` for the order of things.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .deadzone import DeadZone, code_lengths
+from .importance import LEVELS
+
+LADDER = (-6, 0, 6)  # quarter octaves; steps at which sizes were measured
+SIZES = 72  # classes of expected size: quarter octaves from 2**-6 to 2**12 steps
+REFINED, LEVEL_CLASSES = SIZES, 2 * SIZES  # first class of refinements, and of levels
+SHARES = 9  # classes of levels: eighths of the tokens that are not refined
+SHIFT_CLASS = LEVEL_CLASSES + SHARES
+CLASSES = SHIFT_CLASS + 1
+SHIFTS, SHIFT = (
+    3,
+    2,
+)  # a part of a page is up to so many times, so many quarter octaves, larger or smaller than expected
+_MIDDLE = 128  # size code of a standard deviation of one base step
+
+
+@dataclass(frozen=True)
+class Part:
+    """What codes one side of one layer, of width `W = H * D`; all fp32 but the codes.
+
+    Args:
+        bias: `[W]`.
+        predictor: `[F, W]`, rows in the order of `Context.inputs`; None predicts the bias alone.
+        synthesis: Rows are what one unit of each coefficient adds, `[W, W]`.
+        sizes: Expected size of each coefficient at each step of the ladder, `[3, P, W]` uint8; see `size_codes`.
+        refined: The same of refinements by level, `[3, LEVELS, W]` uint8.
+        importance: Weights of `importance.features`, in levels, `[H * Dk + 4 * H + 3]`.
+        share: Eighths of the tokens that are not refined, 0 to 8.
+    """
+
+    bias: torch.Tensor
+    predictor: torch.Tensor | None
+    synthesis: torch.Tensor
+    sizes: torch.Tensor
+    refined: torch.Tensor
+    importance: torch.Tensor
+    share: int
+
+    @functools.cached_property
+    def analysis(self) -> torch.Tensor:
+        """Inverse of `synthesis`; only encoding needs it."""
+        return torch.linalg.inv(self.synthesis.double()).float()
+
+
+def size_codes(deviation: torch.Tensor, base: float) -> torch.Tensor:
+    """Standard deviations to quarter octaves around the base step, uint8; 128 is one step."""
+    octaves = torch.log2(deviation.double().clamp_min(1e-30) / base)
+    return (4 * octaves + _MIDDLE).round().clamp(0, 255).to(torch.uint8)
+
+
+def classes_at(codes: torch.Tensor, step: int, level: int = 0) -> torch.Tensor:
+    """Classes of expected size at a step, from codes at the ladder's: `[3, ...]` uint8 to `[...]` int64, integers only.
+
+    Args:
+        level: Halvings of the step that what is coded is then quantised by.
+
+    Source: linear interpolation and extrapolation in the logarithms.
+    """
+    low, middle, high = codes.long()
+    first, second, left, right = (low, middle, *LADDER[:2]) if step < LADDER[1] else (middle, high, *LADDER[1:])
+    at = first + torch.div((second - first) * (step - left), right - left, rounding_mode="floor")
+    return (at - _MIDDLE - step + 4 * level + SIZES // 3).clamp(0, SIZES - 1)
+
+
+def shifted(classes: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Classes of size `[M]` uint8 of a part of pages with shifts `[N]`, each `-SHIFTS` to `SHIFTS`: `[N, M]` uint8."""
+    return (classes.long() + SHIFT * shifts.long()[:, None]).clamp(0, SIZES - 1).to(torch.uint8)
+
+
+def best_shifts(symbols: torch.Tensor, classes: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Shifts with which a part's symbols `[N, M]` take the fewest bits, `[N]` int64."""
+    tried = torch.arange(-SHIFTS, SHIFTS + 1)
+    return tried[code_lengths(symbols, shifted(classes, tried), bits).argmin(1)]
+
+
+@functools.cache
+def dct(size: int) -> torch.Tensor:
+    """Orthonormal DCT-II, `[size, size]` fp32, rows are frequencies."""
+    k = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / size * (k + 0.5) * k[:, None]) * (2 / size) ** 0.5
+    matrix[0] /= 2**0.5
+    return matrix.float()
+
+
+class Context:
+    """What parts are predicted from: decoded parts of the two layers before, and the tokens' embeddings.
+
+    Args:
+        embedded: `[N, P, E]` fp32, or None where nothing is predicted.
+    """
+
+    def __init__(self, embedded: torch.Tensor | None):
+        self.embedded = None if embedded is None else embedded.flatten(0, 1)
+        self.layers: list[list[torch.Tensor]] = []  # the last two, latest first
+        self.current: list[torch.Tensor] = []
+
+    def inputs(self) -> list[torch.Tensor]:
+        """For the next part: `[embeddings, keys, values of the layer before, of the one before that, own keys]`."""
+        return [self.embedded, *(x for layer in self.layers for x in layer), *self.current]
+
+    def predict(self, part: Part) -> torch.Tensor:
+        """`[N * P, W]`, or `[W]` where it is the same for all."""
+        if part.predictor is None:
+            return part.bias
+        inputs = self.inputs()
+        rows = part.predictor.float().split([x.shape[-1] for x in inputs])
+        found = torch.addmm(part.bias, inputs[0], rows[0])
+        for x, weights in zip(inputs[1:], rows[1:], strict=True):
+            found.addmm_(x, weights)
+        return found
+
+    def add(self, decoded: torch.Tensor) -> None:
+        """Take a decoded part, `[N * P, W]`; keys and values alternate."""
+        self.current.append(decoded)
+        if len(self.current) == 2:
+            self.layers, self.current = [self.current, *self.layers][:2], []
+
+
+class PartCoder:
+    """A part at a step; arguments as `SequenceCodec` has them, `bits` of its tables."""
+
+    def __init__(self, part: Part, along: torch.Tensor, step: int, base: float, bits, offsets):
+        self.part, self.along = part, along
+        scale = base * 2.0 ** (step / 4)
+        main = classes_at(part.sizes, step).flatten()[None]
+        levels = torch.arange(1, LEVELS + 1)
+        finer = torch.stack([classes_at(x, step, v) for v, x in enumerate(part.refined.unbind(1), 1)])
+        self.coarse = DeadZone(main.to(torch.uint8), torch.tensor([scale]), bits, offsets)
+        steps = scale * 2.0 ** -levels.double()
+        self.fine = DeadZone((finer + REFINED).to(torch.uint8), steps, bits, offsets)
+
+    def encode(self, residual: torch.Tensor, levels: torch.Tensor):
+        """Code residuals `[N * P, W]` of tokens with levels `[N * P]`.
+
+        Returns:
+            Coefficients' symbols `[N, P * W]`, refinements' `[n, W]`, and the residual as decoded.
+        """
+        z = residual @ self.part.analysis
+        pages = self.along @ z.unflatten(0, (-1, len(self.along)))
+        symbols, rebuilt = self.coarse.quantise(pages.flatten(1), _first(len(pages)))
+        found = self.tokens(rebuilt)
+        refined = levels.nonzero()[:, 0]
+        finer, error = self.fine.quantise(z[refined] - found[refined], levels[refined] - 1)
+        found[refined] += error
+        return symbols, finer, found @ self.part.synthesis
+
+    def decode(self, symbols: torch.Tensor, finer: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """Inverse of `encode`: the residual, `[N * P, W]`."""
+        found = self.tokens(self.coarse.dequantise(symbols, _first(len(symbols))))
+        refined = levels.nonzero()[:, 0]
+        found[refined] += self.fine.dequantise(finer, levels[refined] - 1)
+        return found @ self.part.synthesis
+
+    def tokens(self, coefficients: torch.Tensor) -> torch.Tensor:
+        return (self.along.T @ coefficients.unflatten(1, (len(self.along), -1))).flatten(0, 1)
+
+
+def _first(rows: int) -> torch.Tensor:
+    return torch.zeros(rows, dtype=torch.int64)

@@ -1,0 +1,462 @@
+"""The entropy coder: what goes in comes out, at the tables' price, and damage is refused.
+
+`tests/golden/entropy.stream` is a stream as an earlier version stored it; it must decode for ever. `python
+tests/test_entropy.py` writes it anew, which is right only where the layout of streams changes.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_seqkv.codec.entropy import decode, decode_many, encode, encode_many, lanes
+from hf_seqkv.codec.symbol_tables import ESCAPE, LIMIT, TOTAL, SymbolTables
+from hf_seqkv.errors import FormatError
+
+GOLDEN = Path(__file__).parent / "golden" / "entropy.stream"
+VALUES = torch.arange(-LIMIT, LIMIT + 1)
+INT32 = torch.iinfo(torch.int32)
+
+
+def geometric(*ratios):
+    """Counts `[C, 255]` that fall by a ratio with each step away from 0."""
+    return 1e6 * torch.tensor(ratios, dtype=torch.float64)[:, None] ** VALUES.abs()
+
+
+def table(*rows):
+    """Tables from frequencies by value, what is left to 4096 for the escape."""
+    frequencies = torch.zeros(len(rows), ESCAPE + 1, dtype=torch.int32)
+    for row, given_row in zip(frequencies, rows, strict=True):
+        for value, frequency in given_row.items():
+            row[value + LIMIT] = frequency
+        row[ESCAPE] = TOTAL - row.sum()
+    return SymbolTables(frequencies.to(torch.uint16))
+
+
+# One symbol, a skewed one, nothing but the escape's neighbours, a flat one, the widest, the rarest possible.
+TABLES = SymbolTables(
+    torch.cat(
+        [
+            SymbolTables.fit(geometric(1e-9, 0.01, 0.4, 0.9, 0.99)).frequencies.int(),
+            table({0: 1}, {-1: 1, 0: TOTAL - 3, 1: 1}, {0: TOTAL - 1}).frequencies.int(),
+        ]
+    ).to(torch.uint16)
+)
+CLASSES = len(TABLES.frequencies)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def uint8(*values):
+    return torch.tensor(values, dtype=torch.uint8)
+
+
+def drawn(classes, tables, generator):
+    """Symbols by their tables' frequencies; an escape is the first value out of range."""
+    columns = torch.zeros(len(classes), dtype=torch.int32)
+    for c, row in enumerate(tables.frequencies.double()):
+        here = classes == c
+        columns[here] = torch.multinomial(row, int(here.sum()), replacement=True, generator=generator).int()
+    limits = ((tables.frequencies[:, :ESCAPE].int() > 0).sum(1) - 1) // 2
+    return torch.where(columns == ESCAPE, limits[classes.long()].int() + 1, columns - LIMIT)
+
+
+def ideal_bits(symbols, classes, tables):
+    return tables.bits().double()[classes.long(), symbols.long() + LIMIT].sum().item()
+
+
+# Round trips.
+
+any_value = st.one_of(
+    st.integers(-2, 2), st.integers(-LIMIT - 2, LIMIT + 2), st.sampled_from([INT32.min, INT32.max, -(2**15)])
+)
+
+
+@given(st.lists(st.tuples(any_value, st.integers(0, CLASSES - 1)), max_size=200))
+@settings(max_examples=300)
+def test_round_trip(pairs):
+    symbols, classes = int32(*(v for v, _ in pairs)), uint8(*(c for _, c in pairs))
+    decoded = decode(encode(symbols, classes, TABLES), classes, TABLES)
+    assert decoded.dtype == torch.int32
+    assert torch.equal(decoded, symbols)
+
+
+@given(st.integers(0, 2**20), st.booleans(), st.floats(0, 0.2))
+@settings(max_examples=30)
+def test_round_trip_of_long_streams(count, runs, escapes):
+    generator = torch.Generator().manual_seed(count)
+    classes = torch.randint(0, CLASSES, (count,), dtype=torch.uint8, generator=generator)
+    classes = classes.sort().values if runs else classes
+    symbols = torch.randn(count, generator=generator).mul(2).round().int()
+    wild = torch.rand(count, generator=generator) < escapes
+    symbols[wild] = torch.randint(INT32.min, INT32.max, (int(wild.sum()),), generator=generator).int()
+    assert torch.equal(decode(encode(symbols, classes, TABLES), classes, TABLES), symbols)
+
+
+@pytest.mark.parametrize("value", [INT32.min, INT32.max, -LIMIT - 1, -LIMIT, -1, 0, 1, LIMIT, LIMIT + 1])
+@pytest.mark.parametrize("count", [1, 40_000])
+def test_one_value_in_every_class(value, count):
+    for c in range(CLASSES):
+        symbols, classes = torch.full((count,), value, dtype=torch.int32), torch.full((count,), c, dtype=torch.uint8)
+        assert torch.equal(decode(encode(symbols, classes, TABLES), classes, TABLES), symbols)
+
+
+def test_int16_gives_the_same_bytes():
+    symbols, classes = torch.arange(-(2**15), 2**15), torch.arange(2**16) % CLASSES
+    wide, narrow = symbols.int(), symbols.to(torch.int16)
+    assert encode(wide, classes.byte(), TABLES) == encode(narrow, classes.byte(), TABLES)
+
+
+def test_views_are_coded_as_what_they_show():
+    symbols, classes = torch.arange(-300, 300).int(), (torch.arange(600) % CLASSES).byte()
+    data = encode(symbols[::3], classes[::3], TABLES)
+    assert data == encode(symbols[::3].clone(), classes[::3].clone(), TABLES)
+    assert torch.equal(decode(data, classes[::3], TABLES), symbols[::3])
+
+
+def test_256_classes():
+    tables = SymbolTables.fit(geometric(*(0.9 * c / 255 for c in range(256))))
+    classes = torch.arange(256).byte().repeat(3)
+    symbols = torch.arange(768).int() % 5 - 2
+    assert torch.equal(decode(encode(symbols, classes, tables), classes, tables), symbols)
+
+
+# The layout, read by the rules of the module's docstring and nothing else.
+
+
+def read_in_lock_step(data, classes, tables):
+    count = len(classes)
+    step = lanes(count)
+    words = int.from_bytes(data[:4], "little")
+    states = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "little") for i in range(step)]
+    at, escapes = 4 + 4 * step, data[4 + 4 * step + 2 * words :]
+    rows = tables.frequencies.tolist()
+    values = []
+    for i in range(count):
+        lane, row = i % step, rows[classes[i]]
+        slot = states[lane] % 4096
+        start = column = 0
+        while slot >= start + row[column]:
+            start += row[column]
+            column += 1
+        states[lane] = row[column] * (states[lane] // 4096) + slot - start
+        if states[lane] < 2**16:
+            states[lane] = states[lane] * 2**16 + int.from_bytes(data[at : at + 2], "little")
+            at += 2
+        value, limit = column - 127, (sum(f > 0 for f in row[:255]) - 1) // 2
+        if column == 255:
+            code = size = 0
+            while True:
+                code |= (escapes[size] & 127) << 7 * size
+                size += 1
+                if escapes[size - 1] < 128:
+                    break
+            escapes = escapes[size:]
+            excess = code // 2 if code % 2 == 0 else -(code + 1) // 2
+            value = excess + limit + 1 if excess >= 0 else excess - limit
+        values.append(value)
+    assert at == 4 + 4 * step + 2 * words
+    assert states == [2**16] * step
+    assert escapes == b""
+    return values
+
+
+@pytest.mark.parametrize("count", [0, 1, 500, 33_001, 70_000])
+def test_layout(count):
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(0, CLASSES, (count,), dtype=torch.uint8, generator=generator)
+    symbols = torch.randn(count, generator=generator).mul(3).round().int()
+    symbols[::37] = 1000
+    symbols[5::41] = -(2**31)
+    assert read_in_lock_step(encode(symbols, classes, TABLES), classes.tolist(), TABLES) == symbols.tolist()
+
+
+def test_lanes():
+    counts = [0, 1, 20_000, 2**15 - 1, 2**15, 2**16, 3 * 2**16, 2**19 - 1, 2**19, 10**9]
+    assert [lanes(n) for n in counts] == [1, 1, 1, 1, 2, 4, 8, 16, 32, 32]
+
+
+def golden_inputs():
+    """Tables, classes and symbols of the golden stream, the same on every machine."""
+    tables = table({-1: 40, 0: 4000, 1: 50}, {v: 60 - 5 * abs(v) for v in range(-9, 10)}, {0: 4095})
+    index = torch.arange(33_001)
+    classes = (index // 700 % 3).byte()
+    noise = index * index * 7 % 1009 * (index % 13)
+    symbols = torch.where(classes == 1, noise % 19 - 9, (noise % 31 == 1).long() - (noise % 37 == 2).long())
+    symbols[::1999] = (index - 16_000)[::1999] * 90_000
+    return tables, classes, symbols.int()
+
+
+def test_golden_stream():
+    tables, classes, symbols = golden_inputs()
+    stored = GOLDEN.read_bytes()
+    assert torch.equal(decode(stored, classes, tables), symbols)
+    assert encode(symbols, classes, tables) == stored
+
+
+# Rates.
+
+
+def test_bits_are_what_a_symbol_costs():
+    tables = table({-1: 128, 0: 2048, 1: 1024}, {0: 4095})
+    bits = tables.bits()
+    assert bits.dtype == torch.float32
+    assert bits.shape == (2, 2 * LIMIT + 1)
+    row = dict(zip(VALUES.tolist(), bits[0].tolist(), strict=True))
+    escape = 12 - math.log2(4096 - 128 - 2048 - 1024)
+    assert [row[-1], row[0], row[1]] == [5, 1, 2]
+    # One byte carries 64 values on either side of the range, two carry the rest.
+    for value in (-65, -2, 2, 65):
+        assert row[value] == pytest.approx(escape + 8)
+    for value in (-LIMIT, -66, 66, LIMIT):
+        assert row[value] == pytest.approx(escape + 16)
+    assert bits[1, LIMIT + 1] == 12 + 8
+    for value in (-66, -65, 65, 66):
+        many = torch.full((30_000,), value, dtype=torch.int32)
+        spent = len(encode(many, torch.zeros(30_000, dtype=torch.uint8), tables)) * 8 / 30_000
+        assert spent == pytest.approx(row[value], rel=0.001)
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.2, 0.6, 0.95])
+@pytest.mark.parametrize("count", [300_000, 700_000])
+def test_streams_cost_what_the_tables_say(ratio, count):
+    # Beyond what the states cost: the words themselves are within 0.02 % of the ideal.
+    tables = SymbolTables.fit(geometric(ratio, ratio / 2))
+    classes = (torch.arange(count) // 500 % 2).byte()
+    symbols = drawn(classes, tables, torch.Generator().manual_seed(1))
+    ideal = ideal_bits(symbols, classes, tables)
+    spent = len(encode(symbols, classes, tables)) * 8
+    states = 32 * lanes(count) + 32
+    assert ideal * 0.9998 <= spent <= ideal * 1.0002 + states
+    if ideal > 0.5 * count:
+        assert spent <= ideal * 1.005
+
+
+def test_short_streams_are_not_dominated_by_states():
+    tables = SymbolTables.fit(geometric(0.07))
+    classes = torch.zeros(20_000, dtype=torch.uint8)
+    symbols = drawn(classes, tables, torch.Generator().manual_seed(2))
+    ideal = ideal_bits(symbols, classes, tables)
+    assert 0.55 * 20_000 < ideal < 0.75 * 20_000
+    assert len(encode(symbols, classes, tables)) * 8 <= 1.01 * ideal
+
+
+# Fitted tables.
+
+
+def laplacian(edges, sigma):
+    half = 0.5 * torch.exp(-edges.abs() * 2**0.5 / sigma)
+    return torch.where(edges < 0, half, 1 - half)
+
+
+def gaussian(edges, sigma):
+    return 0.5 * (1 + torch.erf(edges / (sigma * 2**0.5)))
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 4, 8, 16, 25, 40])
+@pytest.mark.parametrize("distribution", [laplacian, gaussian])
+def test_fit_is_close_to_the_entropy(distribution, sigma):
+    values = torch.arange(-2000, 2001)
+    p = (distribution(values + 0.5, sigma) - distribution(values - 0.5, sigma)).double().clamp_min(0)
+    inside = values.abs() <= LIMIT
+    tables = SymbolTables.fit(1e6 * p[None, inside], 1e6 * p[None, ~inside].sum(-1))
+    bits = torch.zeros(len(values), dtype=torch.float64)
+    bits[inside] = tables.bits()[0].double()
+    escape, limit = int(tables.frequencies[0, ESCAPE]), int((tables.frequencies[0, :ESCAPE].int() > 0).sum()) // 2
+    bits[~inside] = 12 - math.log2(escape) + 8 + 8 * (values[~inside].abs() - limit > 64).double()
+    entropy = -(p * p.clamp_min(1e-300).log2()).sum()
+    # An escape takes 1 / 4096 of every table, which counts where nearly all values are zero.
+    assert entropy - 1e-9 <= (p * bits).sum() <= 1.003 * entropy + 1.1 * math.log2(math.e) / TOTAL
+
+
+@given(st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=255), min_size=1, max_size=4), st.data())
+@settings(max_examples=30)
+def test_fit_gives_tables(rows, data):
+    counts = torch.zeros(len(rows), 2 * LIMIT + 1)
+    for row, drawn_row in zip(counts, rows, strict=True):
+        at = data.draw(st.integers(0, 255 - len(drawn_row)))
+        row[at : at + len(drawn_row)] = torch.tensor(drawn_row).float()
+    beyond = torch.tensor(data.draw(st.lists(st.integers(0, 10**6), min_size=len(rows), max_size=len(rows))))
+    tables = SymbolTables.fit(counts, beyond)
+    frequencies = tables.frequencies
+    assert frequencies.dtype == torch.uint16
+    assert frequencies.shape == (len(rows), 256)
+    assert (frequencies.int().sum(1) == TOTAL).all()
+    assert (frequencies[:, [LIMIT, ESCAPE]].int() >= 1).all()
+    assert torch.equal(SymbolTables.fit(counts.long(), beyond.float()).frequencies, frequencies)
+    alone = [SymbolTables.fit(counts[i : i + 1], beyond[i : i + 1]).frequencies for i in range(len(rows))]
+    assert torch.equal(torch.cat(alone), frequencies)
+
+
+def test_no_move_of_one_unit_saves_anything():
+    counts = geometric(0.1, 0.5, 0.8) * (1 + 0.3 * torch.cos(VALUES * 1.7))
+    tables = SymbolTables.fit(counts)
+    for row, weights in zip(tables.frequencies.int(), counts, strict=True):
+        inside = row[:ESCAPE] > 0
+        weights = torch.cat([weights[inside], weights[~inside].sum()[None]])
+        f = torch.cat([row[:ESCAPE][inside], row[ESCAPE:]]).double()
+        gain = (weights * torch.log2(1 + 1 / f)).max()
+        loss = (weights * torch.log2(f / (f - 1)))[f > 1].min()
+        assert gain <= loss * (1 + 1e-3)  # the fit's weights are smoothed
+
+
+def test_what_was_never_counted_stays_cheap():
+    bits = SymbolTables.fit(torch.zeros(1, 2 * LIMIT + 1)).bits()[0]
+    assert bits[LIMIT] < 1
+    assert bits[LIMIT + 1] < 4
+    few = torch.zeros(1, 2 * LIMIT + 1)
+    few[0, LIMIT] = few[0, LIMIT + 3] = 5
+    assert SymbolTables.fit(few).bits()[0, LIMIT - 2] < 8
+
+
+# Damage.
+
+
+def small_stream():
+    generator = torch.Generator().manual_seed(3)
+    classes = torch.randint(0, CLASSES, (400,), dtype=torch.uint8, generator=generator).sort().values
+    symbols = torch.randn(400, generator=generator).mul(2).round().int()
+    symbols[::50] = 10**6
+    return symbols, classes, encode(symbols, classes, TABLES)
+
+
+def refused_or(data, classes, tables, symbols):
+    """Whether `data` is refused; where it is not, it decodes to as many values, other ones."""
+    try:
+        decoded = decode(data, classes, tables)
+    except FormatError:
+        return True
+    assert decoded.shape == symbols.shape
+    assert not torch.equal(decoded, symbols)
+    return False
+
+
+def test_damaged_streams_are_refused_or_wrong():
+    symbols, classes, data = small_stream()
+    escapes = 8 + 2 * int.from_bytes(data[:4], "little")
+    assert 50 < len(data) - escapes < 200
+    unseen = []
+    for i in range(len(data)):
+        for flip in (1, 16, 128, 255):
+            if not refused_or(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :], classes, TABLES, symbols):
+                unseen.append(i)
+    # What an escape stands for is a number like any other. All else moves the states, but for a word that turns a
+    # symbol into another one of the same frequency.
+    assert sum(i < escapes for i in unseen) <= 0.02 * 4 * escapes
+    assert all(i >= 8 for i in unseen)
+
+
+def test_truncated_and_extended_streams_are_refused():
+    _, classes, data = small_stream()
+    for size in range(len(data)):
+        with pytest.raises(FormatError, match="drop it"):
+            decode(data[:size], classes, TABLES)
+    for extra in (b"\0", b"\1\2", bytes(100)):
+        with pytest.raises(FormatError, match="escapes"):
+            decode(data + extra, classes, TABLES)
+
+
+@given(st.binary(max_size=300), st.integers(0, 300))
+@settings(max_examples=500)
+def test_foreign_bytes_are_refused(data, words):
+    _, classes, stream = small_stream()
+    for foreign in (data, words.to_bytes(4, "little") + data, stream[:8] + data):
+        with pytest.raises(FormatError):
+            decode(foreign, classes, TABLES)
+
+
+def test_a_huge_number_of_words_is_refused_before_it_is_believed():
+    _, classes, data = small_stream()
+    with pytest.raises(FormatError, match=str(8 + 2 * (2**32 - 1))):
+        decode(b"\xff" * 4 + data[4:], classes, TABLES)
+
+
+def test_another_number_of_symbols_or_other_classes_are_refused():
+    _, classes, data = small_stream()
+    for other in (classes[:-1], torch.cat([classes, classes[-1:]]), classes.flip(0), classes[:0]):
+        with pytest.raises(FormatError):
+            decode(data, other, TABLES)
+
+
+@pytest.mark.parametrize("escape", ["", "80", "ff" * 5, "ffffffff7f", "ffffffff1f", "0000"])
+def test_escapes_that_are_none_are_refused(escape):
+    data = encode(int32(5), uint8(7), TABLES)
+    assert data[-1:] == bytes([8])
+    assert decode(data, uint8(7), TABLES) == 5
+    with pytest.raises(FormatError, match="escapes"):
+        decode(data[:-1] + bytes.fromhex(escape), uint8(7), TABLES)
+
+
+NO_TABLES = {
+    "sum": {-1: 50, 0: 4000, 1: 40, "escape": 7},
+    "hole": {-1: 50, 1: 40, "escape": 4006},
+    "one-sided": {0: 4000, 1: 40, "escape": 56},
+    "not around zero": {0: 4000, 1: 40, 2: 50, "escape": 6},
+    "no escape": {-1: 50, 0: 4000, 1: 46},
+    "only an escape": {"escape": 4096},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("row", NO_TABLES.values(), ids=NO_TABLES)
+def test_what_is_no_table_is_refused(row):
+    frequencies = torch.zeros(2, ESCAPE + 1, dtype=torch.int32)
+    frequencies[0] = table({0: 4000}).frequencies[0].int()
+    for value, frequency in row.items():
+        frequencies[1, ESCAPE if value == "escape" else value + LIMIT] = frequency
+    with pytest.raises(FormatError, match="class 1"):
+        SymbolTables(frequencies.to(torch.uint16))
+
+
+@pytest.mark.parametrize("shape", [(3, 255), (257, 256), (0, 256), (256,), ()])
+def test_tables_of_another_shape_are_refused(shape):
+    with pytest.raises(FormatError, match="C from 1 to 256"):
+        SymbolTables(torch.zeros(shape, dtype=torch.uint16))
+
+
+def test_what_callers_get_wrong_is_named():
+    with pytest.raises(ValueError, match=f"class {CLASSES} has no table"):
+        encode(int32(0, 0), uint8(0, CLASSES), TABLES)
+    with pytest.raises(ValueError, match=f"class {CLASSES} has no table"):
+        decode(bytes(8), uint8(CLASSES), TABLES)
+    with pytest.raises(ValueError, match=r"must be torch\.uint8"):
+        decode(bytes(8), int32(0), TABLES)
+    with pytest.raises(ValueError, match="symbols are"):
+        encode(int32(0, 0), uint8(0), TABLES)
+    with pytest.raises(ValueError, match="symbols are"):
+        encode(int32(0).long(), uint8(0), TABLES)
+
+
+# Threads.
+
+
+def test_threads_change_nothing():
+    generator = torch.Generator().manual_seed(4)
+    counts = [0, 1, 1000, 40_000, 200_000, 70_000]
+    classes = [torch.randint(0, CLASSES, (n,), dtype=torch.uint8, generator=generator) for n in counts]
+    symbols = [torch.randn(n, generator=generator).mul(3).round().int() for n in counts]
+    alone = [encode(s, c, TABLES) for s, c in zip(symbols, classes, strict=True)]
+    for threads in (1, 2, 5, None):
+        assert encode_many(symbols, classes, TABLES, threads) == alone
+        for decoded, s in zip(decode_many(alone, classes, TABLES, threads), symbols, strict=True):
+            assert torch.equal(decoded, s)
+
+
+def test_a_damaged_stream_among_many_is_refused():
+    _, classes, data = small_stream()
+    with pytest.raises(FormatError):
+        decode_many([data, data[:-2], data], [classes] * 3, TABLES, 2)
+
+
+def write_golden():
+    tables, classes, symbols = golden_inputs()
+    GOLDEN.write_bytes(encode(symbols, classes, tables))
+
+
+if __name__ == "__main__":
+    write_golden()

@@ -1,0 +1,426 @@
+"""The sequence codec: what is written is what the encoder held, at the tables' price, and damage is refused by name.
+
+`tests/golden/sequence.page` is a page as an earlier version stored it; it must decode for ever. `python
+tests/test_sequence.py` writes it anew, which is right only where the format's version changes.
+"""
+
+import itertools
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_seqkv.codec.importance import LEVELS, features
+from hf_seqkv.codec.rotation import hadamard_matrix
+from hf_seqkv.codec.sequence import SequenceCodec
+from hf_seqkv.codec.sequence_part import (
+    CLASSES,
+    LADDER,
+    LEVEL_CLASSES,
+    REFINED,
+    SHIFT,
+    SHIFT_CLASS,
+    SHIFTS,
+    SIZES,
+    Part,
+    best_shifts,
+    classes_at,
+    dct,
+    shifted,
+    size_codes,
+)
+from hf_seqkv.codec.symbol_tables import ESCAPE, LIMIT, TOTAL, SymbolTables
+from hf_seqkv.errors import FormatError
+
+GOLDEN = Path(__file__).parent / "golden"
+HEADER = 44
+PAGE, EMBEDDED, BASE = 8, 12, 0.05
+SHAPES = ((2, 4, 6), (1, 8, 8), (3, 6, 4))  # KV heads, key dim and value dim of each layer
+HEADS = [heads for heads, _, _ in SHAPES]
+both = pytest.mark.parametrize("predict", [True, False], ids=["predicting", "plain"])
+
+
+def widths():
+    """Of every part in turn, and the layer it belongs to."""
+    return [(heads * dim, layer) for layer, (heads, *dims) in enumerate(SHAPES) for dim in dims]
+
+
+def inputs(index):
+    """Width of what a part is predicted from."""
+    sizes = [width for width, _ in widths()]
+    first = index - index % 2
+    return EMBEDDED + sum(sizes[max(0, first - 4) : first]) + (sizes[first] if index % 2 else 0)
+
+
+def tables(symmetric_ratio=0.8):
+    """By class: geometric, of the width that a class of sizes means."""
+    deviation = 2.0 ** ((torch.arange(CLASSES, dtype=torch.float64) % SIZES - SIZES // 3) / 4)
+    ratio = (-symmetric_ratio * 2**0.5 / deviation).exp()[:, None]
+    return SymbolTables.fit(1e4 * ratio ** torch.arange(-LIMIT, LIMIT + 1).abs())
+
+
+def make_codec(predict=True, step=0, refine=1.0, seed=0):
+    """A valid codec whose numbers are random; `refine` moves the level of every token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    parts = []
+    for index, (width, layer) in enumerate(widths()):
+        heads, key_dim, _ = SHAPES[layer]
+        basis = torch.linalg.qr(normal(width, width))[0] * (2.0 ** (normal(width, 1) / 2))
+        importance = torch.zeros(heads * key_dim + 4 * heads + 3)
+        importance[0], importance[-1] = 1.5, refine
+        codes = size_codes(2.0 ** normal(PAGE, width), BASE)
+        refined = torch.full((LEVELS, width), size_codes(torch.tensor(BASE / 3), BASE).item(), dtype=torch.uint8)
+        predictor = normal(inputs(index), width) / inputs(index) ** 0.5 if predict else None
+        ladder = [x.expand(len(LADDER), *x.shape).contiguous() for x in (codes, refined)]
+        parts.append(Part(normal(width), predictor, basis, *ladder, importance, share=4))
+    return SequenceCodec(parts, dct(PAGE), tables(), torch.zeros(CLASSES, 3), BASE, step)
+
+
+def make_pages(count=3, seed=1):
+    """Embeddings, and keys and values of every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    embedded = torch.randn(count, PAGE, EMBEDDED, generator=generator)
+    layers = [
+        tuple(torch.randn(count, heads, PAGE, dim, generator=generator) for dim in dims) for heads, *dims in SHAPES
+    ]
+    return embedded, layers
+
+
+def encode(codec, embedded, layers):
+    """Stored pages, what the encoder says they decode to, and the encoder."""
+    positions = torch.arange(len(embedded) * PAGE).view(-1, PAGE)
+    encoder = codec.encoder(embedded if codec.predicts else None)
+    held = [encoder.add(k, v, positions) for k, v in layers]
+    return encoder.finish(), held, encoder
+
+
+def decode(codec, pages, embedded):
+    return list(codec.decode(pages, embedded if codec.predicts else None, HEADS))
+
+
+def flat(layers):
+    return torch.cat([x.transpose(1, 2).flatten(2) for pair in layers for x in pair], -1)  # [N, P, all components]
+
+
+# What comes back.
+
+
+@both
+@pytest.mark.parametrize("step", [-13, 0, 6])
+def test_the_decoder_holds_what_the_encoder_held(predict, step):
+    codec, (embedded, layers) = make_codec(predict, step), make_pages()
+    pages, held, _ = encode(codec, embedded, layers)
+    decoded = decode(codec, pages, embedded)
+    assert [tuple(x.shape for x in pair) for pair in decoded] == [tuple(x.shape for x in pair) for pair in layers]
+    for pair, expected in zip(decoded, held, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(-30, 30), st.booleans(), st.floats(0, 8))
+def test_any_numbers_come_back_as_held(seed, count, step, predict, spread):
+    codec, (embedded, layers) = make_codec(predict, step, refine=seed % 5 - 1.0, seed=seed), make_pages(count, seed)
+    layers = [tuple(x * 10 ** (spread * torch.rand_like(x) - spread / 2) for x in pair) for pair in layers]
+    pages, held, encoder = encode(codec, embedded, layers)
+    levels, coarse, fine = codec._read(pages)
+    assert torch.equal(levels, torch.stack(encoder.levels, 1))
+    for ours, theirs in ((coarse, encoder.coarse), (fine, encoder.fine)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(flat(decode(codec, pages, embedded)), flat(held))
+
+
+@both
+def test_finer_steps_err_less_and_take_more(predict):
+    embedded, layers = make_pages()
+    errors, sizes = [], []
+    for step in range(-28, 13, 4):
+        pages, held, _ = encode(make_codec(predict, step), embedded, layers)
+        errors.append((flat(held) - flat(layers)).square().mean().item())
+        sizes.append(sum(map(len, pages)))
+    assert all(a < b for a, b in itertools.pairwise(errors))
+    assert all(a > b for a, b in itertools.pairwise(sizes))
+    assert errors[4] / errors[0] == pytest.approx(4.0**4, rel=0.3)  # four octaves of step
+
+
+def coefficients(codec, held, layers):
+    """Errors of all parts in their coefficients, before the DCT and after: `[N, P, W]` each."""
+    found = []
+    for index, part in enumerate(codec.parts):
+        error = (held[index // 2][index % 2] - layers[index // 2][index % 2]).transpose(1, 2).flatten(2)
+        found.append(error @ part.analysis)
+    return found, [dct(PAGE) @ x for x in found]
+
+
+@both
+def test_outliers_are_not_clipped(predict):
+    """A token a hundred thousand times the size of all others is coded as finely as they are."""
+    codec, (embedded, layers) = make_codec(predict, refine=-9.0), make_pages()
+    for k, v in layers:
+        k[1, :, 5] *= 1e5
+        v[1, :, 5] *= 1e5
+    pages, held, _ = encode(codec, embedded, layers)
+    for error in coefficients(codec, held, layers)[1]:
+        assert error.abs().max() <= 2 * BASE + 0.05  # the dead zone's, and what fp32 keeps of such numbers
+    assert torch.equal(flat(decode(codec, pages, embedded)), flat(held))
+
+
+def test_refined_tokens_err_less():
+    embedded, layers = make_pages(8)
+    codec = make_codec(predict=False)
+    _, held, encoder = encode(codec, embedded, layers)
+    levels, errors = torch.cat(encoder.levels, 0).flatten(), []
+    by_token = torch.cat([x.square().mean(-1).flatten() for x in coefficients(codec, held, layers)[0]])
+    for level in range(LEVELS + 1):
+        assert (levels == level).sum() > 10
+        errors.append(by_token[levels == level].mean().item())
+    for coarser, finer in itertools.pairwise(errors):
+        assert 3 < coarser / finer < 6  # half the step for each level
+    expected = features(*(x.transpose(1, 2).flatten(0, 1) for x in layers[1]), torch.arange(8 * PAGE))
+    expected = (expected @ codec.parts[2].importance).round().clamp(0, LEVELS)
+    assert torch.equal(encoder.levels[2].flatten(), expected.long())
+
+
+def test_another_prediction_shifts_what_is_decoded_and_loses_nothing():
+    """Arithmetic that differs between machines may not lose a stream: symbols depend on integers alone."""
+    codec, (embedded, layers) = make_codec(), make_pages()
+    pages, held, _ = encode(codec, embedded, layers)
+    nudge = 1e-4 * torch.randn_like(embedded)
+    decoded = decode(codec, pages, embedded + nudge)
+    shift = (nudge @ codec.parts[0].predictor).unflatten(-1, (HEADS[0], -1)).transpose(1, 2)
+    torch.testing.assert_close(decoded[0][0] - held[0][0], shift, atol=1e-5, rtol=0)
+    assert (flat(decoded) - flat(held)).abs().max() < 0.01
+    assert flat(decode(codec, pages, torch.randn_like(embedded))).isfinite().all()
+
+
+def test_pages_are_independent():
+    codec, (embedded, layers) = make_codec(), make_pages(4)
+    pages, _, _ = encode(codec, embedded, layers)
+    whole, some = flat(decode(codec, pages, embedded)), [2, 0]
+    part = flat(decode(codec, [pages[i] for i in some], embedded[some]))
+    torch.testing.assert_close(part, whole[some], atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_bytes_every_time():
+    codec, (embedded, layers) = make_codec(), make_pages()
+    assert encode(codec, embedded, layers)[0] == encode(make_codec(), embedded, layers)[0]
+    assert codec.at(-3).step == -3
+    assert codec.at(-3).at(0).fingerprint == codec.fingerprint
+
+
+# Rate.
+
+
+@both
+def test_bytes_are_what_tables_promise(predict):
+    codec, (embedded, layers) = make_codec(predict, step=6), make_pages(2)
+    pages, _, encoder = encode(codec, embedded, layers)
+    bits = codec.tables.bits().double()
+
+    def price(classes, symbols):
+        return bits[classes.long(), symbols.long() + LIMIT].sum().item()
+
+    pairs = zip(encoder.coarse, codec.coders, strict=True)
+    chosen = torch.stack([best_shifts(x, coder.coarse.classes[0], bits.float()) for x, coder in pairs], 1)
+    for n, page in enumerate(pages):
+        expected = price(torch.full((len(codec.parts),), SHIFT_CLASS), chosen[n])
+        for i, coder in enumerate(codec.coders):
+            levels = encoder.levels[i][n]
+            refined = (torch.cat(list(encoder.levels[i][:n])) > 0).sum() if n else 0
+            rows = encoder.fine[i][refined : refined + (levels > 0).sum()]
+            expected += price(torch.full_like(levels, LEVEL_CLASSES + coder.part.share), levels)
+            expected += price(shifted(coder.coarse.classes[0], chosen[n, i : i + 1])[0], encoder.coarse[i][n])
+            expected += price(coder.fine.classes[levels[levels > 0] - 1], rows)
+        streams = HEADER + 3 * (4 + 4)  # each with its count of words and one lane's state
+        assert 8 * (len(page) - streams) == pytest.approx(expected, rel=0.02)
+
+
+def test_shifts_are_the_cheapest():
+    """Of every page and part, against trying all; pages that are louder than expected move up."""
+    bits = tables().bits()
+    classes = (torch.arange(60) % SIZES).byte()
+    deviation = 2.0 ** ((classes - SIZES // 3) / 4)
+    symbols = torch.stack([(scale * deviation * torch.randn(60)).round() for scale in (0.2, 1, 5)]).clamp(-LIMIT, LIMIT)
+    found = best_shifts(symbols.int(), classes, bits)
+    for row, best in zip(symbols.long(), found.tolist(), strict=True):
+        costs = {}
+        for shift in range(-SHIFTS, SHIFTS + 1):
+            moved = (classes.long() + SHIFT * shift).clamp(0, SIZES - 1)
+            assert torch.equal(shifted(classes, torch.tensor([shift]))[0].long(), moved)
+            costs[shift] = bits[moved, row + LIMIT].double().sum().item()
+        assert costs[best] == pytest.approx(min(costs.values()), rel=1e-5)
+    assert found[0] < found[1] < found[2]
+
+
+# Steps.
+
+
+@given(st.tuples(*[st.integers(0, 255)] * 3))
+def test_sizes_are_met_at_the_ladders_steps(codes):
+    for step, code in zip(LADDER, codes, strict=True):
+        found = classes_at(torch.tensor(codes, dtype=torch.uint8)[:, None], step).item()
+        assert found == min(max(code - 128 - step + SIZES // 3, 0), SIZES - 1)
+
+
+@given(st.tuples(*[st.integers(100, 150)] * 3), st.integers(-12, 12))
+def test_sizes_lie_on_a_line_between(codes, step):
+    """Exactly, as integers: writer and reader must agree on classes."""
+    low, middle, high = codes
+    a, b, left, right = (low, middle, LADDER[0], LADDER[1]) if step < 0 else (middle, high, LADDER[1], LADDER[2])
+    at = a + (b - a) * (step - left) // (right - left)
+    found = classes_at(torch.tensor(codes, dtype=torch.uint8)[:, None], step).item()
+    assert found == min(max(at - 128 - step + SIZES // 3, 0), SIZES - 1)
+
+
+def test_size_codes_count_quarter_octaves():
+    deviation = torch.tensor([1.0, 2.0, 2**0.25, 0.5, 0.0, 1e30])
+    assert size_codes(deviation, 1.0).tolist() == [128, 132, 129, 124, 0, 255]
+    assert classes_at(size_codes(deviation, 1.0).expand(3, -1), 0).max() < REFINED
+
+
+# Stored pages.
+
+
+@pytest.fixture(scope="module")
+def stored():
+    codec, (embedded, layers) = make_codec(), make_pages(1)
+    return codec, encode(codec, embedded, layers)[0][0]
+
+
+def test_every_truncation_is_refused(stored):
+    codec, page = stored
+    for size in range(len(page)):
+        with pytest.raises(FormatError, match="truncated"):
+            codec._read([page[:size]])
+    with pytest.raises(FormatError, match="its header promises"):
+        codec._read([page + b"\0"])
+
+
+@pytest.mark.parametrize("flip", [1, 128, 255])
+def test_every_damaged_byte_is_refused(stored, flip):
+    codec, page = stored
+    for i in range(len(page)):
+        with pytest.raises(FormatError):
+            codec._read([page[:i] + bytes([page[i] ^ flip]) + page[i + 1 :]])
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_damage_under_a_right_checksum_is_refused_or_decodes(stored, data):
+    """Who forges the checksum gets an error or tensors, never a crash."""
+    codec, page = stored
+    body = bytearray(page[HEADER:])
+    for at in data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=3)):
+        body[at] = data.draw(st.integers(0, 255))
+    crc = zlib.crc32(bytes(body), zlib.crc32(page[: HEADER - 4]))
+    try:
+        decoded = decode(codec, [page[: HEADER - 4] + struct.pack("<I", crc) + bytes(body)], make_pages(1)[0])
+    except FormatError:
+        return
+    assert [tuple(k.shape) for k, _ in decoded] == [(1, heads, PAGE, dim) for heads, dim, _ in SHAPES]
+
+
+def test_what_it_is_not_is_named(stored):
+    codec, page = stored
+    with pytest.raises(FormatError, match=r"magic is b'PK.*SKVS"):
+        codec._read([b"PK\3\4" + page[4:]])
+    with pytest.raises(FormatError, match=r"version 2.*reads version 1"):
+        codec._read([page[:4] + b"\2" + page[5:]])
+
+
+def test_another_step_or_codec_is_named(stored):
+    codec, page = stored
+    with pytest.raises(FormatError, match=r"another codec .*\(0, 8, 6\).*\(4, 8, 6\)"):
+        codec.at(4)._read([page])
+    with pytest.raises(FormatError, match=f"another codec .*{codec.fingerprint.hex()}"):
+        make_codec(seed=1)._read([page])
+    with pytest.raises(FormatError, match="another codec"):
+        make_codec(predict=False)._read([page])
+
+
+def test_one_bad_page_spoils_no_other(stored):
+    codec, page = stored
+    with pytest.raises(FormatError, match="checksum"):
+        codec._read([page, page[:-1] + bytes([page[-1] ^ 1])])
+
+
+# The golden page. Everything it is made of is exact in binary, and its symbols are written down, not computed.
+
+
+def numbers(*shape, salt=0, span=65):
+    """Integers around zero, the same on every machine."""
+    index = torch.arange(torch.Size(shape).numel())
+    return ((index * index * 7 + index * (13 + 2 * salt) + salt * salt) % span - span // 2).view(shape)
+
+
+def golden_codec():
+    frequencies = torch.zeros(CLASSES, ESCAPE + 1, dtype=torch.int32)
+    for kind, row in enumerate(frequencies):
+        limit = 3 + kind % 20
+        row[LIMIT - limit : LIMIT + limit + 1] = 16
+        row[LIMIT], row[ESCAPE] = 16 + TOTAL // 2, 16
+        row[LIMIT + 1] += TOTAL - row.sum()
+    parts = []
+    for index, width in enumerate((4, 16, 16, 4)):
+        sizes = (120 + numbers(len(LADDER), PAGE, width, salt=index) // 4).to(torch.uint8)
+        refined = (120 + numbers(len(LADDER), LEVELS, width, salt=index) // 8).to(torch.uint8)
+        predictor = numbers(EMBEDDED + (0, 4, 20, 36)[index], width, salt=index) / 256
+        bias, importance = numbers(width, salt=9) / 8, torch.zeros(width)
+        parts.append(Part(bias, predictor, hadamard_matrix(width), sizes, refined, importance, share=5))
+    offsets = -(numbers(CLASSES, 3, span=9).abs() / 64)
+    along = torch.block_diag(*[hadamard_matrix(4)] * 2)
+    return SequenceCodec(parts, along, SymbolTables(frequencies.to(torch.uint16)), offsets, 0.125, -5)
+
+
+def golden_symbols(codec):
+    """Levels, coarse and fine symbols of one page, among them some that tables know as escapes."""
+    sizes = [part.sizes.shape[2] for part in codec.parts]
+    levels = numbers(1, len(sizes), PAGE, salt=3, span=17).clamp(0, LEVELS)
+    coarse = [(numbers(1, PAGE * width, salt=width, span=61) / 8).int() for width in sizes]
+    coarse[1][0, :3] = torch.tensor([40, -5000, 2**30])
+    fine = [(numbers(int((levels[0, i] > 0).sum()), width, salt=i, span=41) / 5).int() for i, width in enumerate(sizes)]
+    return levels, coarse, fine
+
+
+def golden_embedded():
+    return numbers(1, PAGE, EMBEDDED, salt=5) / 16
+
+
+def test_golden_page_decodes():
+    codec, data = golden_codec(), (GOLDEN / "sequence.page").read_bytes()
+    levels, coarse, fine = codec._read([data])
+    for ours, theirs in zip((levels, *coarse, *fine), _flatten(golden_symbols(codec)), strict=True):
+        assert torch.equal(ours, theirs)
+    decoded = flat(codec.decode([data], golden_embedded(), (1, 2))).double()
+    stored = torch.frombuffer(bytearray((GOLDEN / "sequence.f32").read_bytes()), dtype=torch.float32).double()
+    # Symbols are exact; what they are added to is sums that processors order in their own way.
+    assert (decoded.flatten() - stored).abs().max() <= 2e-6 * stored.abs().max()
+
+
+def test_golden_page_is_what_write_gives():
+    codec = golden_codec()
+    assert codec.write(*golden_symbols(codec)) == [(GOLDEN / "sequence.page").read_bytes()]
+
+
+def _flatten(symbols):
+    levels, coarse, fine = symbols
+    return levels, *coarse, *fine
+
+
+def write_golden():
+    codec = golden_codec()
+    (page,) = codec.write(*golden_symbols(codec))
+    (GOLDEN / "sequence.page").write_bytes(page)
+    decoded = flat(codec.decode([page], golden_embedded(), (1, 2)))
+    (GOLDEN / "sequence.f32").write_bytes(decoded.flatten().numpy().tobytes())
+
+
+if __name__ == "__main__":
+    write_golden()

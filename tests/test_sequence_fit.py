@@ -1,0 +1,234 @@
+"""Fitting a sequence codec to tokens whose structure is known."""
+
+import functools
+
+import pytest
+import torch
+
+from hf_seqkv.calibration.fit import fit_held
+from hf_seqkv.calibration.sensitivity import GAIN, Sensitivity
+from hf_seqkv.calibration.sequence_fit import Ingredients, Sample, fit_sequence
+from hf_seqkv.codec.importance import features
+
+HEADS, DIM, PAGE, EMBEDDED, PAGES = 2, 6, 16, 16, 64
+WIDTH = HEADS * DIM
+NOISE = 0.05  # share of the variance of every part but the first layer's keys that nothing predicts
+MIXING = torch.Generator().manual_seed(5)
+MAPS = [torch.linalg.qr(torch.randn(n, WIDTH, generator=MIXING))[0] for n in (EMBEDDED, WIDTH, WIDTH, WIDTH)]
+
+
+def mixed(x, weights, noise):
+    """A linear function of `x` of unit variance, with a share of noise."""
+    return (1 - noise) ** 0.5 * x @ weights + noise**0.5 * torch.randn(*x.shape[:2], WIDTH)
+
+
+def make_sample(pages=PAGES, seed=0):
+    """Keys 0 are the embeddings' alone; values are the keys'; layer 1 is layer 0's, with noise."""
+    torch.manual_seed(seed)
+    embedded = torch.randn(pages, PAGE, EMBEDDED)
+    k0 = mixed(embedded, MAPS[0], 0)
+    v0 = mixed(k0, MAPS[1], NOISE)
+    k1 = mixed(k0, MAPS[2], NOISE)
+    v1 = mixed(k1, MAPS[3], NOISE)
+    keys, values = ([x.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for x in group] for group in ((k0, k1), (v0, v1)))
+    return Sample(keys, values, embedded, torch.arange(pages * PAGE).view(pages, PAGE))
+
+
+def tokens(sample, layer):
+    """Keys and values of a layer, `[n, H, D]` each."""
+    return [x[layer].transpose(1, 2).flatten(0, 1) for x in (sample.keys, sample.values)]
+
+
+def make_sensitivities(sample, size=0.7):
+    """Gradients that differ between directions, and are larger for tokens whose first component is."""
+    found = []
+    for layer in range(len(sample.keys)):
+        x, sensitivity = tokens(sample, layer), Sensitivity((4, 4))
+        spread = size * torch.linspace(0.5, 2, DIM)
+        gradients = [2 ** x[0][:, :1, :1] * spread * torch.randn_like(t) for t in x]
+        sensitivity.add(x, gradients, sample.positions.flatten(), len(x[0]))
+        found.append(sensitivity)
+    return found
+
+
+@functools.cache
+def fitted(predict=True):
+    """A codec, its report, the sample and the sensitivities that it was fitted to."""
+    sample = make_sample()
+    sensitivities = make_sensitivities(sample)
+    return *fit_sequence(sample, sensitivities, Ingredients(prediction=predict), progress=False), sample, sensitivities
+
+
+def coded(codec, sample):
+    """Bytes of a sample's pages, and for every part what it errs in the codec's coefficients, `[n, W]`."""
+    encoder = codec.encoder(sample.embedded if codec.predicts else None)
+    held = [encoder.add(k, v, sample.positions) for k, v in zip(sample.keys, sample.values, strict=True)]
+    errors = []
+    for layer, pair in enumerate(held):
+        for side, (x, t) in enumerate(zip(pair, tokens(sample, layer), strict=True)):
+            error = x.transpose(1, 2).flatten(0, 1) - t
+            errors.append(error.flatten(1) @ codec.parts[2 * layer + side].analysis)
+    return sum(map(len, encoder.finish())), errors
+
+
+def test_what_is_left_is_the_noise():
+    left = fitted()[1]["left"]
+    assert left["key"][0] < 1e-4
+    assert left["value"][0] == pytest.approx(NOISE, rel=0.15)
+    assert left["key"][1] == pytest.approx(NOISE, rel=0.2)
+    assert left["value"][1] == pytest.approx(NOISE, rel=0.2)
+    assert fitted(predict=False)[1]["left"] == {"key": [1, 1], "value": [1, 1]}
+
+
+def test_prediction_saves_what_it_explains():
+    """Bits of other tokens than were fitted, at the same error: half the octaves of the variance it takes away."""
+    other = make_sample(16, seed=1)
+    (bytes_with, errors_with), (bytes_without, errors_without) = (coded(fitted(x)[0], other) for x in (True, False))
+    for a, b in zip(errors_with, errors_without, strict=True):
+        assert a.square().mean() <= 1.1 * b.square().mean()
+    saved = 8 * (bytes_without - bytes_with) / (16 * PAGE * 4 * WIDTH)
+    assert saved > 0.8 * 0.5 * torch.log2(torch.tensor(1 / NOISE)).item()
+
+
+@pytest.mark.parametrize("predict", [True, False])
+def test_errors_are_those_of_the_step(predict):
+    """In coefficients, whose unit is what the output feels, on other tokens: no more than `step**2 / 12` or so."""
+    codec = fitted(predict)[0]
+    for error in coded(codec, make_sample(16, seed=1))[1]:
+        assert error.square().mean() < 1.15 * codec.base**2 / 12
+    for error in coded(codec.at(4), make_sample(16, seed=1))[1]:
+        assert error.square().mean() < 1.15 * 4 * codec.base**2 / 12
+
+
+def test_analysis_is_the_inverse_of_synthesis():
+    for part in fitted()[0].parts:
+        torch.testing.assert_close(part.synthesis @ part.analysis, torch.eye(WIDTH), atol=1e-4, rtol=0)
+
+
+def test_coefficients_are_in_the_metrics_unit():
+    """One step of any coefficient costs the same: rows of `synthesis` are orthonormal in the metric."""
+    codec, _, _, sensitivities = fitted()
+    for index, part in enumerate(codec.parts):
+        metric = torch.block_diag(*sensitivities[index // 2].metric(index % 2))
+        rows = part.synthesis.double()
+        torch.testing.assert_close(rows @ metric @ rows.T, torch.eye(WIDTH, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+def test_coefficients_are_uncorrelated():
+    codec, _, sample, _ = fitted(predict=False)
+    for index, part in enumerate(codec.parts):
+        z = (tokens(sample, index // 2)[index % 2].flatten(1) - part.bias) @ part.analysis
+        covariance = z.T @ z / len(z)
+        strength = covariance.diagonal()
+        assert (strength[:-1] >= strength[1:] * 0.999).all()  # largest first
+        assert (covariance - strength.diag()).abs().max() < 1e-3 * strength.max()
+
+
+def test_equal_inputs_give_equal_codecs():
+    codec, report, sample, _ = fitted()
+    again, report_again = fit_sequence(sample, make_again(sample), progress=False)
+    assert again.fingerprint == codec.fingerprint
+    assert report_again == report
+    assert all(torch.equal(a.importance, b.importance) for a, b in zip(again.parts, codec.parts, strict=True))
+
+
+def make_again(sample):
+    make_sample()  # draws what was drawn before the gradients
+    return make_sensitivities(sample)
+
+
+def test_share_is_counted():
+    codec, _, sample, _ = fitted()
+    encoder = codec.encoder(sample.embedded)
+    for k, v in zip(sample.keys, sample.values, strict=True):
+        encoder.add(k, v, sample.positions)
+    for part, levels in zip(codec.parts, encoder.levels, strict=True):
+        assert part.share == int(8 * (levels == 0).double().mean())
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_held_tokens_are_the_share_asked_for(share):
+    _, _, sample, sensitivities = fitted()
+    for layer, weights in enumerate(fit_held(sample, sensitivities, share)):
+        found = features(*tokens(sample, layer), sample.positions.flatten())
+        assert (found @ weights > 0).double().mean().item() == pytest.approx(share, abs=2 / len(found))
+
+
+# Sensitivities.
+
+
+def test_metric_of_known_gradients():
+    """Of every head: the sum of outer products a query, and a floor."""
+    sensitivity = Sensitivity((4, 4))
+    windows = [[torch.randn(20, HEADS, DIM), torch.randn(20, HEADS, 3)] for _ in range(2)]
+    for gradients in windows:
+        x = [torch.randn_like(t) for t in gradients]
+        sensitivity.add(x, gradients, torch.arange(20), queries=7)
+    for side, dim in enumerate((DIM, 3)):
+        g = torch.cat([gradients[side] for gradients in windows]).double()
+        expected = torch.stack([g[:, h].T @ g[:, h] for h in range(HEADS)]) / 14
+        extra = sensitivity.metric(side) - expected
+        floor = extra[:, :1, :1] * torch.eye(dim, dtype=torch.float64)
+        torch.testing.assert_close(extra, floor.expand_as(extra), atol=1e-5, rtol=1e-4)
+        mean = expected.diagonal(dim1=1, dim2=2).mean(-1)
+        torch.testing.assert_close(extra[:, 0, 0] / mean, torch.full((HEADS,), 0.02).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 1e-6, 0])
+def test_metric_of_few_gradients_is_positive_definite(size):
+    sensitivity = Sensitivity((4, 4))
+    x = [torch.randn(50, HEADS, DIM) for _ in range(2)]
+    gradients = [size * torch.randn(50, HEADS, 1) * torch.eye(DIM)[0] for _ in range(2)]
+    sensitivity.add(x, gradients, torch.arange(50), queries=50)
+    for side in range(2):
+        torch.linalg.cholesky(sensitivity.metric(side))
+        eigenvalues = torch.linalg.eigvalsh(sensitivity.metric(side))
+        assert (eigenvalues[:, 0] > 1e-3 * eigenvalues[:, -1]).all()
+        assert sensitivity.importance(side).isfinite().all()
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_importance_recovers_a_linear_rule(target):
+    """The logarithm of a token's energy is made a known function of its keys and position."""
+    count = 4000
+    x = [torch.randn(count, HEADS, DIM) for _ in range(2)]
+    positions = torch.randint(1, 5000, (count,))
+    rule = torch.zeros(features(*(t[:1] for t in x), positions[:1]).shape[1])
+    rule[1], rule[7], rule[-3], rule[-1] = 1.5, -1.0, -0.5, 3.0
+    energy = 2.0 ** (features(*x, positions) @ rule)
+    directions = [torch.nn.functional.normalize(torch.randn(count, HEADS * DIM), dim=1) for _ in range(2)]
+    energies = [energy if side == target else torch.ones(count) for side in range(2)]
+    gradients = [d * e.sqrt()[:, None] for d, e in zip(directions, energies, strict=True)]
+    sensitivity = Sensitivity((4, 4))
+    sensitivity.add(x, [g.view(count, HEADS, DIM) for g in gradients], positions, queries=1)
+    fresh = [torch.randn(500, HEADS, DIM) for _ in range(2)]
+    found = features(*fresh, torch.randint(1, 5000, (500,)))
+    predicted, expected = found @ sensitivity.importance(target), GAIN / 2 * found @ rule  # in levels, factors of 4
+    assert (predicted - expected).std() < 0.03 * expected.std()  # a constant is the threshold's to set
+    assert (found @ sensitivity.importance(1 - target)).abs().max() < 0.01  # the other side is the same for all
+
+
+@pytest.mark.parametrize("dear", [0, 1])
+def test_hot_cost_is_of_the_side_with_fewer_bits(dear):
+    """Both sides differ in size between tokens and are felt alike: what has fewer bits decides what an error costs."""
+    count = 3000
+    sizes = [2.0 ** torch.randn(count) for _ in range(2)]
+    x = [size[:, None, None] * torch.nn.functional.normalize(torch.randn(count, HEADS, DIM), dim=-1) for size in sizes]
+    sensitivity = Sensitivity((2, 5) if dear == 0 else (5, 2))
+    sensitivity.add(x, [torch.ones(count, HEADS, DIM)] * 2, torch.arange(count), queries=1)
+    scores = features(*x, torch.arange(count)) @ sensitivity.importance(2)
+    alike = [torch.corrcoef(torch.stack([scores, size.log2()]))[0, 1].item() for size in sizes]
+    assert alike[dear] > 0.95
+    assert alike[1 - dear] < 0.2
+
+
+def test_constant_part_of_keys_costs_nothing():
+    """It is not coded: energies of keys about their mean, and so scores, are the same with and without it."""
+    x = [torch.randn(500, HEADS, DIM) for _ in range(2)]
+    crosses = []
+    for shift in (0, 100):
+        sensitivity = Sensitivity((4, 4))
+        gradients = [torch.ones(500, HEADS, DIM), torch.zeros(500, HEADS, DIM)]
+        sensitivity.add([x[0] + shift, x[1]], gradients, torch.arange(500), queries=1)
+        crosses.append(sensitivity.cross[-1, 2])
+    torch.testing.assert_close(*crosses, rtol=1e-4, atol=0)
