@@ -84,7 +84,7 @@ class SeqKVConfig:
     def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value not in allowed:
+            if value is not None and (value not in allowed or type(value) is not type(allowed[0])):
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
         for name in ("key_bits", "value_bits"):
             value = getattr(self, name)

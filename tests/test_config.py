@@ -104,6 +104,8 @@ REFUSED = {
     "backend unknown": ({"backend": "cuda"}, ["'cuda'", "'auto', 'reference', 'cpu'"]),
     "rotation unknown": ({"rotation": "dct"}, ["'dct'", "'hadamard', 'orthogonal'"]),
     "codebook unknown": ({"codebook": "nf4"}, ["'nf4'", "'lloyd_max', 'uniform'"]),
+    "scale bits": ({"scale_bits": 12}, ["scale_bits=12", "8, 16"]),
+    "scale bits of another type": ({"scale_bits": 8.0}, ["scale_bits=8.0", "8, 16"]),
     "scale unknown": ({"scale": "max"}, ["'max'", "'fit', 'norm'"]),
     "choice of another type": ({"rotation": 3}, ["rotation=3", "'hadamard'"]),
     "key bits": ({"key_bits": 9}, ["key_bits=9", LISTED]),

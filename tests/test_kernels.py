@@ -551,7 +551,10 @@ def test_nan_is_not_hidden(backend):
     assert out[1].isfinite().all()
 
 
-SCALAR = ("plain", "page of 64", "4 bits, page of 64", "3 bits, page of 64", "mixed widths, page of 64", "everything")
+SCALAR = (
+    *("plain", "page of 64", "4 bits, page of 64", "3 bits, page of 64", "mixed widths, page of 64"),
+    *("center without rope", "8-bit scales", "everything"),
+)
 
 
 def test_processor_without_avx512():

@@ -207,8 +207,8 @@ def test_byte_tables_cost_little(bits):
 @pytest.mark.parametrize(
     ("chosen", "half", "interleaved"),
     [(case(widths=4), None, False), (case(widths=5, dim=80), 32, False), (case(widths=MIXED, dim=80), 20, True),
-     (case(widths=3, dim=96), 48, True), (case(widths=8), 32, False)],
-    ids=["4 bits", "5 bits and center", "mixed widths", "3 bits", "8 bits"],
+     (case(widths=3, dim=96), 48, True), (case(widths=8), 32, False), (case(widths=MIXED, scale_bits=8), 32, False)],
+    ids=["4 bits", "5 bits and center", "mixed widths", "3 bits", "8 bits", "8-bit scales"],
 )  # fmt: skip
 def test_pages(chosen, half, interleaved):
     """Encoding in place of `codec.encode`, from strided tensors, and unpacking in place of `codec.decode`."""

@@ -153,6 +153,10 @@ class QuantizedPageCodec(PageCodec):
     kind = 1
 
     def __init__(self, key: VectorCodec, value: VectorCodec):
+        if key.scale_bits != value.scale_bits or key.scale_bits not in (8, 16):
+            raise FormatError(
+                f"scales of keys have {key.scale_bits} bits, of values {value.scale_bits}; both must have 8 or both 16"
+            )
         self.key, self.value = key, value
         sizes = {
             "key_codes": key.code_bytes,

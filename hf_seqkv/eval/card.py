@@ -21,6 +21,9 @@ def render_card(config: dict[str, Any]) -> str:
         "title": base if base and not base.startswith("/") else model["model_type"],
         "key_bits": config["key_bits"],
         "value_bits": config["value_bits"],
+        "scale_bits": config["scale_bits"],
+        "held": f"{config['held']:.1%}",
+        "sequence": _sequence(config.get("sequence", {})),
         "layers": model["num_hidden_layers"],
         "heads": model["num_key_value_heads"],
         "head_dim": model["head_dim"],
@@ -35,6 +38,14 @@ def render_card(config: dict[str, Any]) -> str:
         "quality": _quality_table(config.get("quality")),
     }
     return string.Template(template()).substitute(values)
+
+
+def _sequence(profiles: dict[str, dict]) -> str:
+    if not profiles:
+        return "It has no sequence codec."
+    presets = [f"{name} {made['presets']}" for name, made in profiles.items() if "presets" in made]
+    steps = f" (steps of its presets: {'; '.join(presets)})" if presets else ""
+    return f"Its sequence codec stores pages in profiles {' and '.join(profiles)}{steps}."
 
 
 def _quality_table(quality: dict[str, dict] | None) -> str:

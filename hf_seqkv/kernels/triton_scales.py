@@ -26,7 +26,7 @@ def load_narrow(data):
 
 @triton.jit
 def nearest_byte(scale):
-    """Bytes, int32, of the representable scales nearest to `scale >= 0`."""
+    """Bytes, int32, of the representable scales nearest to `scale`; 0 where it is not above 0."""
     low = tl.minimum(tl.maximum((scale.to(tl.int32, bitcast=True) >> 20) - _BIAS, 1), _HELD - 1)
     up = (scale * scale >= number_of(low) * number_of(low + 1)) & (low < _HELD - 1)
-    return tl.where(scale == 0, 0, tl.where(up, low + 1, low))
+    return tl.where(scale <= 0, 0, tl.where(up, low + 1, low))

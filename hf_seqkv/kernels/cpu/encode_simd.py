@@ -165,7 +165,7 @@ def _nearest_scale(b, x):
     low = b.select(last, _integer(HELD - 1), low)
     below, above = (b.bitcast(b.shl(b.add(low, _integer(step + BIAS)), _integer(20)), VECTOR) for step in (0, 1))
     up = b.and_(b.fcmp_ordered(">=", b.fmul(x, x), b.fmul(below, above)), b.not_(last))
-    return b.select(b.fcmp_ordered("==", x, _number(0.0)), x, b.select(up, above, below))
+    return b.select(b.fcmp_ordered("<=", x, _number(0.0)), _number(0.0), b.select(up, above, below))
 
 
 @intrinsic

@@ -25,7 +25,7 @@ def make_levels(levels: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.
 def make_tile(rows: np.ndarray) -> tuple[np.ndarray, np.float32]:
     """Tiles of keys from numbers `[D, P]` fp32, one for every 64 tokens, and their unit."""
     padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 64))).astype(np.float32)
-    return np.ascontiguousarray(padded.reshape(len(rows), -1, 64).swapaxes(0, 1)), _ONE
+    return np.ascontiguousarray(padded.reshape(len(rows), padded.shape[1] // 64, 64).swapaxes(0, 1)), _ONE
 
 
 @njit(**OPTIONS)
