@@ -217,7 +217,7 @@ def test_dense_tokens_are_the_same_for_all():
 
 @pytest.fixture(scope="module")
 def calibration():
-    made = calibrate(tiny("llama"), Words(), [TEXTS["first"]], tokens=1024, window=128, progress=False)
+    made = calibrate(tiny("llama"), Words(), [TEXTS["first"]], tokens=1024, window=128, sequence=False, progress=False)
     made.tensors[TENSOR] = shingles(Words()(TEXTS["first"])["input_ids"])
     return made
 

@@ -12,6 +12,7 @@ from hf_seqkv import SeqKVCache, SeqKVConfig, calibrate
 from hf_seqkv.eval import passages, smollm2
 from hf_seqkv.eval.measure import Run, measure_in_process
 from hf_seqkv.eval.perplexity import compare, teacher_forced_logits
+from hf_seqkv.integration.sequence_cache import SequenceCache
 
 CONTEXT, SCORED = 1024, 2048
 
@@ -53,20 +54,39 @@ def test_default_beats_published_turboquant_at_its_rate(real, held_out):
         SeqKVCache(config=real[0].config, **SeqKVConfig.published_turboquant(4).to_dict()),
     )
     ours, published = (compare(dense, through(real, ids, cache), ids[0, CONTEXT:]) for cache in caches)
-    assert caches[0].bits_per_value() == pytest.approx(caches[1].bits_per_value(), abs=0.02)
+    assert caches[0].bits_per_value() < caches[1].bits_per_value()
     assert ours.kl < published.kl
 
 
-def test_calibration_is_closer_at_the_same_rate(real, held_out, default_quality):
-    """Calibrated on Python's reference manual, judged on the King James Bible."""
-    ids, dense = held_out
+@pytest.fixture(scope="module")
+def calibration(real):
+    """Of Python's reference manual; a quarter of the tokens that the README's are of."""
     text = "\n".join(pydoc_data.topics.topics.values())
-    calibration = calibrate(*real, [text], tokens=8192, progress=False)
+    return calibrate(*real, [text], key_bits=3.5, value_bits=2.5, tokens=8192, progress=False)
+
+
+@pytest.fixture(scope="module")
+def published_3_bits(real, held_out):
+    """TurboQuant, 3.25 bits a value, on the first half of the text."""
+    ids, dense = held_out[0][:, : CONTEXT + SCORED // 2], held_out[1][: SCORED // 2]
+    cache = SeqKVCache(config=real[0].config, **SeqKVConfig.published_turboquant(3).to_dict())
+    return ids, dense, compare(dense, through(real, ids, cache), ids[0, CONTEXT:])
+
+
+def test_calibrated_pages_halve_the_divergence_at_the_same_rate(real, calibration, published_3_bits):
+    ids, dense, published = published_3_bits
     cache = SeqKVCache(config=real[0].config, calibration=calibration)
     quality = compare(dense, through(real, ids, cache), ids[0, CONTEXT:])
-    assert cache.bits_per_value() == pytest.approx(default_quality[1], abs=0.02)
-    assert quality.kl < default_quality[0].kl
-    assert abs(quality.ratio - 1) < 0.01
+    assert cache.bits_per_value() < 3.3
+    assert quality.kl < published.kl / 2
+
+
+def test_sequence_codec_takes_a_quarter_of_the_bits_at_the_same_divergence(real, calibration, published_3_bits):
+    ids, dense, published = published_3_bits
+    cache = SequenceCache(real[0].config, calibration)
+    quality = compare(dense, through(real, ids, cache), ids[0, CONTEXT:])
+    assert cache.stored_bits_per_value() < 3.25 / 4
+    assert quality.kl < published.kl
 
 
 def test_memory_at_4096_tokens():

@@ -228,7 +228,7 @@ def test_bytes_are_what_tables_promise(predict):
         return bits[classes.long(), symbols.long() + LIMIT].sum().item()
 
     pairs = zip(encoder.coarse, codec.coders, strict=True)
-    chosen = torch.stack([best_shifts(x, coder.coarse.classes[0], bits.float()) for x, coder in pairs], 1)
+    chosen = torch.stack([best_shifts(x, coder.kinds, bits.float()) for x, coder in pairs], 1)
     for n, page in enumerate(pages):
         expected = price(torch.full((len(codec.parts),), SHIFT_CLASS), chosen[n])
         for i, coder in enumerate(codec.coders):
@@ -236,7 +236,7 @@ def test_bytes_are_what_tables_promise(predict):
             refined = (torch.cat(list(encoder.levels[i][:n])) > 0).sum() if n else 0
             rows = encoder.fine[i][refined : refined + (levels > 0).sum()]
             expected += price(torch.full_like(levels, LEVEL_CLASSES + coder.part.share), levels)
-            expected += price(shifted(coder.coarse.classes[0], chosen[n, i : i + 1])[0], encoder.coarse[i][n])
+            expected += price(coder.kinds[chosen[n, i] + SHIFTS], encoder.coarse[i][n])
             expected += price(coder.fine.classes[levels[levels > 0] - 1], rows)
         streams = HEADER + 3 * (4 + 4)  # each with its count of words and one lane's state
         assert 8 * (len(page) - streams) == pytest.approx(expected, rel=0.02)
@@ -248,12 +248,12 @@ def test_shifts_are_the_cheapest():
     classes = (torch.arange(60) % SIZES).byte()
     deviation = 2.0 ** ((classes - SIZES // 3) / 4)
     symbols = torch.stack([(scale * deviation * torch.randn(60)).round() for scale in (0.2, 1, 5)]).clamp(-LIMIT, LIMIT)
-    found = best_shifts(symbols.int(), classes, bits)
+    found = best_shifts(symbols.int(), shifted(classes), bits)
     for row, best in zip(symbols.long(), found.tolist(), strict=True):
         costs = {}
         for shift in range(-SHIFTS, SHIFTS + 1):
             moved = (classes.long() + SHIFT * shift).clamp(0, SIZES - 1)
-            assert torch.equal(shifted(classes, torch.tensor([shift]))[0].long(), moved)
+            assert torch.equal(shifted(classes)[shift + SHIFTS].long(), moved)
             costs[shift] = bits[moved, row + LIMIT].double().sum().item()
         assert costs[best] == pytest.approx(min(costs.values()), rel=1e-5)
     assert found[0] < found[1] < found[2]

@@ -23,6 +23,7 @@ from ..codec.sequence_part import (
     LEVEL_CLASSES,
     SHARES,
     SHIFT_CLASS,
+    SHIFTS,
     SIZES,
     Context,
     Part,
@@ -94,9 +95,10 @@ class _Tally:
         symbols, x, which = symbols[::COUNTED], x[::COUNTED], which[::COUNTED]
         kinds = zone.classes.long()[which]
         if bits is not None:
-            shifts = best_shifts(symbols, zone.classes[0], bits)
+            moved = shifted(zone.classes[0])
+            shifts = best_shifts(symbols, moved, bits)
             self._count(torch.full_like(shifts, SHIFT_CLASS), shifts)
-            kinds = shifted(zone.classes[0], shifts).long()
+            kinds = moved[shifts + SHIFTS].long()
         sizes = symbols.abs().long()
         inside = sizes <= LIMIT
         self._count(kinds[inside], symbols[inside].long())

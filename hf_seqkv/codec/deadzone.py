@@ -67,13 +67,12 @@ def _dequantise(symbols, which, order, classes, scales, offsets, out):
 
 @njit(**_OPTIONS)
 def _code_lengths(symbols, classes, bits, out):
+    out[:] = 0
     for row in range(symbols.shape[0]):
-        for setting in range(classes.shape[0]):
-            total = np.float32(0)
-            for at in range(symbols.shape[1]):
-                column = max(min(symbols[row, at], LIMIT), -LIMIT) + LIMIT
-                total += bits[classes[setting, at], column]
-            out[row, setting] = total
+        for at in range(symbols.shape[1]):
+            column = max(min(symbols[row, at], LIMIT), -LIMIT) + LIMIT
+            for setting in range(classes.shape[1]):
+                out[row, setting] += bits[classes[at, setting], column]
 
 
 def code_lengths(symbols: torch.Tensor, classes: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -88,7 +87,9 @@ def code_lengths(symbols: torch.Tensor, classes: torch.Tensor, bits: torch.Tenso
         `[n, S]` fp32; a value beyond the tables counts as the last in them.
     """
     out = torch.empty(len(symbols), len(classes))
-    _on_threads(_code_lengths, (symbols.contiguous(),), (classes.numpy(), bits.contiguous().numpy()), (out,))
+    _on_threads(
+        _code_lengths, (symbols.contiguous(),), (classes.T.contiguous().numpy(), bits.contiguous().numpy()), (out,)
+    )
     return out
 
 
@@ -125,7 +126,7 @@ class DeadZone:
         """Symbols `[n, M]` int32 to rebuilt coefficients `[n, M]` fp32."""
         out = torch.empty(symbols.shape)
         tables = (self._order, self._kinds, self._scales, self._offsets)
-        _on_threads(_dequantise, (symbols.contiguous(), which), tables, (out,))
+        _on_threads(_dequantise, (symbols, which), tables, (out,))
         return out
 
 

@@ -35,7 +35,7 @@ import torch
 from ..errors import FormatError
 from . import entropy, importance
 from .importance import LEVELS
-from .sequence_part import LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts, shifted
+from .sequence_part import LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts
 from .symbol_tables import SymbolTables
 
 MAGIC, VERSION = b"SKVS", 1
@@ -61,8 +61,8 @@ class SequenceCodec:
     ):
         self.parts, self.along, self.tables, self.offsets = list(parts), along, tables, offsets
         self.base, self.step, self.page_size = base, step, len(along)
-        bits = tables.bits()
-        self.coders = [PartCoder(part, along, step, base, bits, offsets) for part in parts]
+        self._bits = tables.bits()
+        self.coders = [PartCoder(part, along, step, base, self._bits, offsets) for part in parts]
         shares = torch.tensor([part.share + LEVEL_CLASSES for part in parts], dtype=torch.uint8)
         shifts = torch.full((len(parts),), SHIFT_CLASS, dtype=torch.uint8)
         self._head = torch.cat([shares.repeat_interleave(self.page_size), shifts])
@@ -124,8 +124,8 @@ class SequenceCodec:
             levels: `[N, parts, P]` int64.
             coarse, fine: Symbols of each part, `[N, P * W]` and `[n, W]` int32, tokens in order.
         """
-        pages, bits = len(levels), self.tables.bits()
-        shifts = [best_shifts(x, coder.coarse.classes[0], bits) for x, coder in zip(coarse, self.coders, strict=True)]
+        pages = len(levels)
+        shifts = [best_shifts(x, coder.kinds, self._bits) for x, coder in zip(coarse, self.coders, strict=True)]
         shifts = torch.stack(shifts, 1)
         counts = [(levels[:, i] > 0).sum(-1).tolist() for i in range(len(self.parts))]
         finer = [x.split(count) for x, count in zip(fine, counts, strict=True)]
@@ -139,7 +139,7 @@ class SequenceCodec:
     def _coarse_classes(self, shifts: torch.Tensor) -> list[torch.Tensor]:
         """Classes of the second stream of pages with shifts `[N, parts]`."""
         rows = zip(self.coders, shifts.unbind(1), strict=True)
-        return list(torch.cat([shifted(coder.coarse.classes[0], row) for coder, row in rows], 1))
+        return list(torch.cat([coder.kinds[row + SHIFTS] for coder, row in rows], 1))
 
     def _fine_classes(self, levels: torch.Tensor) -> torch.Tensor:
         """Classes of the second stream of a page with levels `[parts, P]`."""

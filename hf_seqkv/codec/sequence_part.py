@@ -50,6 +50,11 @@ class Part:
     share: int
 
     @functools.cached_property
+    def weights(self) -> torch.Tensor | None:
+        """The predictor in fp32."""
+        return None if self.predictor is None else self.predictor.float()
+
+    @functools.cached_property
     def analysis(self) -> torch.Tensor:
         """Inverse of `synthesis`; only encoding needs it."""
         return torch.linalg.inv(self.synthesis.double()).float()
@@ -75,15 +80,15 @@ def classes_at(codes: torch.Tensor, step: int, level: int = 0) -> torch.Tensor:
     return (at - _MIDDLE - step + 4 * level + SIZES // 3).clamp(0, SIZES - 1)
 
 
-def shifted(classes: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Classes of size `[M]` uint8 of a part of pages with shifts `[N]`, each `-SHIFTS` to `SHIFTS`: `[N, M]` uint8."""
-    return (classes.long() + SHIFT * shifts.long()[:, None]).clamp(0, SIZES - 1).to(torch.uint8)
+def shifted(classes: torch.Tensor) -> torch.Tensor:
+    """Classes of size `[M]` uint8 of a part at every shift, `-SHIFTS` to `SHIFTS`: `[2 * SHIFTS + 1, M]` uint8."""
+    moved = SHIFT * torch.arange(-SHIFTS, SHIFTS + 1)[:, None]
+    return (classes.long() + moved).clamp(0, SIZES - 1).to(torch.uint8)
 
 
-def best_shifts(symbols: torch.Tensor, classes: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Shifts with which a part's symbols `[N, M]` take the fewest bits, `[N]` int64."""
-    tried = torch.arange(-SHIFTS, SHIFTS + 1)
-    return tried[code_lengths(symbols, shifted(classes, tried), bits).argmin(1)]
+def best_shifts(symbols: torch.Tensor, kinds: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Shifts with which a part's symbols `[N, M]` take the fewest bits, `[N]` int64; `kinds` are from `shifted`."""
+    return code_lengths(symbols, kinds, bits).argmin(1) - SHIFTS
 
 
 @functools.cache
@@ -116,7 +121,7 @@ class Context:
         if part.predictor is None:
             return part.bias
         inputs = self.inputs()
-        rows = part.predictor.float().split([x.shape[-1] for x in inputs])
+        rows = part.weights.split([x.shape[-1] for x in inputs])
         found = torch.addmm(part.bias, inputs[0], rows[0])
         for x, weights in zip(inputs[1:], rows[1:], strict=True):
             found.addmm_(x, weights)
@@ -139,6 +144,7 @@ class PartCoder:
         levels = torch.arange(1, LEVELS + 1)
         finer = torch.stack([classes_at(x, step, v) for v, x in enumerate(part.refined.unbind(1), 1)])
         self.coarse = DeadZone(main.to(torch.uint8), torch.tensor([scale]), bits, offsets)
+        self.kinds = shifted(self.coarse.classes[0])
         steps = scale * 2.0 ** -levels.double()
         self.fine = DeadZone((finer + REFINED).to(torch.uint8), steps, bits, offsets)
 

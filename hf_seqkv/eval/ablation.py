@@ -17,6 +17,7 @@ VARIANTS = {
     "no transform along tokens": Ingredients(tokens=False),
     "no refined tokens": Ingredients(importance=False),
 }
+WINDOW = 2048  # tokens fitted to at once
 STEPS = (-6, 0)  # quarter octaves; the rate at a divergence lies on the line through both, in the logarithm
 TARGET = 0.0044  # nats a token
 
@@ -34,7 +35,7 @@ def measure(model, tokenizer, fitted: list[str], judged: dict[str, str], tokens:
     Raises:
         ConfigError: Texts too short, or the same.
     """
-    windows = token_windows(tokenizer, fitted, tokens, 2048, seed)
+    windows = token_windows(tokenizer, fitted, tokens, WINDOW, seed)
     gathered = gather(model, windows, (4, 4), True, seed, True)
     methods = {}
     for name, using in VARIANTS.items():
