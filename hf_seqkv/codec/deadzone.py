@@ -9,6 +9,7 @@ random variables", 1996. `LAMBDA` is `6 ln 2 / 36`, the slope of distortion agai
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ from .symbol_tables import LIMIT
 
 LAMBDA = 0.1155
 OFFSETS = 3  # magnitudes with a reconstruction point of their own: 1, 2, and 3 with all above
+LEAST = 1 << 16  # coefficients that are worth a thread
 _MOST = np.float32(2**30)  # a symbol fits 32 bits whatever the coefficient
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
@@ -107,7 +109,19 @@ class DeadZone:
 
     def __init__(self, classes: torch.Tensor, steps: torch.Tensor, bits: torch.Tensor, offsets: torch.Tensor):
         order = classes.to(torch.int32).argsort(dim=-1, stable=True)
-        self.order, self.classes, self.steps = order.to(torch.int32), classes.gather(-1, order), steps.float()
+        self._set(order.to(torch.int32), classes.gather(-1, order), steps.float(), bits, offsets)
+
+    @classmethod
+    def joined(cls, zones: list[DeadZone], bits: torch.Tensor, offsets: torch.Tensor) -> DeadZone:
+        """One for rows that hold, one after the other, coefficients of several with one setting and equal steps."""
+        ends = list(itertools.accumulate(zone.order.shape[1] for zone in zones))
+        order = torch.cat([zone.order + end - zone.order.shape[1] for zone, end in zip(zones, ends, strict=True)], 1)
+        made = cls.__new__(cls)
+        made._set(order, torch.cat([zone.classes for zone in zones], 1), zones[0].steps, bits, offsets)
+        return made
+
+    def _set(self, order, classes, steps, bits, offsets) -> None:
+        self.order, self.classes, self.steps = order, classes, steps
         self._order, self._kinds, self._scales = (t.numpy() for t in (self.order, self.classes, self.steps))
         self._bits, self._offsets = bits.contiguous().numpy(), offsets.contiguous().numpy()
 
@@ -132,7 +146,8 @@ class DeadZone:
 
 def _on_threads(kernel: Callable, inputs: tuple, tables: tuple, outputs: tuple) -> None:
     """Run a kernel over rows, a part of them on each of torch's threads; no result depends on the parts."""
-    count, threads = len(inputs[0]), min(torch.get_num_threads(), len(inputs[0]) // 8 or 1)
+    count = len(inputs[0])
+    threads = max(1, min(torch.get_num_threads(), count, inputs[0].numel() // LEAST))
     rows = [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
     inputs, outputs = ([t.numpy() for t in group] for group in (inputs, outputs))
 

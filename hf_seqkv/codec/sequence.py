@@ -34,6 +34,7 @@ import torch
 
 from ..errors import FormatError
 from . import entropy, importance
+from .deadzone import DeadZone
 from .importance import LEVELS
 from .sequence_part import LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts
 from .symbol_tables import SymbolTables
@@ -63,6 +64,8 @@ class SequenceCodec:
         self.base, self.step, self.page_size = base, step, len(along)
         self._bits = tables.bits()
         self.coders = [PartCoder(part, along, step, base, self._bits, offsets) for part in parts]
+        self._zone = DeadZone.joined([coder.coarse for coder in self.coders], self._bits, offsets)
+        self._sizes = [part.sizes[0].numel() for part in parts]
         shares = torch.tensor([part.share + LEVEL_CLASSES for part in parts], dtype=torch.uint8)
         shifts = torch.full((len(parts),), SHIFT_CLASS, dtype=torch.uint8)
         self._head = torch.cat([shares.repeat_interleave(self.page_size), shifts])
@@ -104,11 +107,13 @@ class SequenceCodec:
         Raises:
             FormatError: A page is truncated, damaged, of another version or of another codec.
         """
-        levels, coarse, fine = self._read(pages)
+        levels, symbols, fine = self._read(pages)
+        # All parts at once: torch's threads rest meanwhile.
+        rebuilt = self._zone.dequantise(symbols, torch.zeros(len(pages), dtype=torch.int64)).split(self._sizes, 1)
         context = Context(embedded)
         for index, coder in enumerate(self.coders):
-            residual = coder.decode(coarse[index], fine[index], levels[:, index].flatten())
-            context.add(residual + context.predict(coder.part))
+            predicted = context.predict(coder.part)
+            context.add(coder.decode(rebuilt[index], fine[index], levels[:, index].flatten(), predicted))
             if index % 2:
                 yield tuple(self._heads(x, heads[index // 2]) for x in context.layers[0])
 
@@ -155,7 +160,7 @@ class SequenceCodec:
         return blank + struct.pack("<I", zlib.crc32(body, zlib.crc32(blank))) + body
 
     def _read(self, pages: Sequence[bytes]):
-        """Levels `[N, parts, P]` int64 and symbols of every part, as `write` takes them."""
+        """Levels `[N, parts, P]` int64, coefficients' symbols of all parts `[N, M]`, refinements' of every part."""
         first, second, third = zip(*map(self._open, pages), strict=True)
         heads = torch.stack(entropy.decode_many(first, [self._head] * len(pages), self.tables)).long()
         levels, shifts = heads.split([len(self.parts) * self.page_size, len(self.parts)], 1)
@@ -165,8 +170,7 @@ class SequenceCodec:
                 f"a level is not one of 0 to {LEVELS}, or a shift beyond {SHIFTS}: the page is damaged; drop it and "
                 "prefill again"
             )
-        second = torch.stack(entropy.decode_many(second, self._coarse_classes(shifts), self.tables))
-        coarse = second.split([part.sizes[0].numel() for part in self.parts], 1)
+        coarse = torch.stack(entropy.decode_many(second, self._coarse_classes(shifts), self.tables))
         third = entropy.decode_many(third, [self._fine_classes(x) for x in levels], self.tables)
         widths = [part.sizes.shape[2] for part in self.parts]
         sizes = ((levels > 0).sum(-1) * torch.tensor(widths)).tolist()
@@ -222,8 +226,8 @@ class SequenceEncoder:
             coder = self.codec.coders[len(self.levels)]
             levels = importance.levels(found, coder.part.importance)
             predicted = self.context.predict(coder.part)
-            coarse, fine, residual = coder.encode(x.flatten(1) - predicted, levels)
-            self.context.add(residual + predicted)
+            coarse, fine, decoded = coder.encode(x.flatten(1), predicted, levels)
+            self.context.add(decoded)
             self.levels.append(levels.unflatten(0, (-1, self.codec.page_size)))
             self.coarse.append(coarse)
             self.fine.append(fine)

@@ -148,27 +148,27 @@ class PartCoder:
         steps = scale * 2.0 ** -levels.double()
         self.fine = DeadZone((finer + REFINED).to(torch.uint8), steps, bits, offsets)
 
-    def encode(self, residual: torch.Tensor, levels: torch.Tensor):
-        """Code residuals `[N * P, W]` of tokens with levels `[N * P]`.
+    def encode(self, x: torch.Tensor, predicted: torch.Tensor, levels: torch.Tensor):
+        """Code keys or values `[N * P, W]` of tokens with levels `[N * P]`.
 
         Returns:
-            Coefficients' symbols `[N, P * W]`, refinements' `[n, W]`, and the residual as decoded.
+            Coefficients' symbols `[N, P * W]`, refinements' `[n, W]`, and `x` as decoded.
         """
-        z = residual @ self.part.analysis
+        z = (x - predicted) @ self.part.analysis
         pages = self.along @ z.unflatten(0, (-1, len(self.along)))
         symbols, rebuilt = self.coarse.quantise(pages.flatten(1), _first(len(pages)))
         found = self.tokens(rebuilt)
         refined = levels.nonzero()[:, 0]
         finer, error = self.fine.quantise(z[refined] - found[refined], levels[refined] - 1)
         found[refined] += error
-        return symbols, finer, found @ self.part.synthesis
+        return symbols, finer, torch.addmm(predicted, found, self.part.synthesis)
 
-    def decode(self, symbols: torch.Tensor, finer: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        """Inverse of `encode`: the residual, `[N * P, W]`."""
-        found = self.tokens(self.coarse.dequantise(symbols, _first(len(symbols))))
+    def decode(self, rebuilt: torch.Tensor, finer: torch.Tensor, levels: torch.Tensor, predicted) -> torch.Tensor:
+        """Inverse of `encode`: keys or values, `[N * P, W]`, from dequantised coefficients and what was predicted."""
+        found = self.tokens(rebuilt)
         refined = levels.nonzero()[:, 0]
         found[refined] += self.fine.dequantise(finer, levels[refined] - 1)
-        return found @ self.part.synthesis
+        return torch.addmm(predicted, found, self.part.synthesis)
 
     def tokens(self, coefficients: torch.Tensor) -> torch.Tensor:
         return (self.along.T @ coefficients.unflatten(1, (len(self.along), -1))).flatten(0, 1)
