@@ -122,7 +122,7 @@ def rounded(view):
             u, step, shift = triton_attend.byte_table(table[:n])
             table[:n] = step * (u.double() + shift)
         given = codec.encode_matrix, codec.decode_matrix, codec.mean, codec.widths, levels
-        return VectorCodec(*given, codec.scale, codec.page_size)
+        return VectorCodec(*given, codec.scale, codec.page_size, codec.scale_bits)
 
     return dataclasses.replace(view, codec=QuantizedPageCodec(side(view.codec.key), side(view.codec.value)))
 

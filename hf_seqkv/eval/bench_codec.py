@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..calibration.artifact import SIDES, SeqKVCalibration
 from ..codec.sequence import SequenceEncoder
-from ..codec.sequence_part import LEVEL_CLASSES
+from ..codec.sequence_part import LEVEL_CLASSES, SHIFTS, best_shifts
 from ..codec.symbol_tables import LIMIT
 from ..errors import ConfigError, SeqKVError
 from ..integration.tap import embed, run_window
@@ -105,7 +105,8 @@ def _parts(encoder: SequenceEncoder, sides, decoded) -> list[dict]:
         layer, side = divmod(index, 2)
         x, y = sides[layer][side].float(), decoded[layer][side]
         levels = encoder.levels[index]
-        spent = _length(bits, coder.coarse.classes, encoder.coarse[index])
+        shifts = best_shifts(encoder.coarse[index], coder.kinds, bits)
+        spent = _length(bits, coder.kinds[shifts + SHIFTS], encoder.coarse[index])
         spent += _length(bits, coder.fine.classes[levels[levels > 0] - 1], encoder.fine[index])
         kinds = torch.full_like(levels, LEVEL_CLASSES + coder.part.share)
         spent += _length(bits, kinds, levels)

@@ -83,7 +83,7 @@ def plot(calibration: SeqKVCalibration, found: dict, path: str) -> None:
     for column, side in enumerate(SIDES):
         layers = [row for row in found["layers"] if row["side"] == side]
         spectra = torch.stack([calibration.tensors[f"{row['layer']}.{side}.std"][0].log2() for row in layers])
-        image = axes[0, column].imshow(spectra.T, aspect="auto", origin="lower")
+        image = axes[0, column].imshow(spectra.T.numpy(), aspect="auto", origin="lower")
         figure.colorbar(image, label="log2 of the deviation")
         axes[0, column].set(title=f"{side}s of hot pages, head 0", xlabel="layer", ylabel="component")
         rates = axes[1, column]
