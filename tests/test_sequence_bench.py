@@ -44,9 +44,9 @@ def test_codec_is_timed_and_finer_steps_take_more(demo, saved, capsys):
     for row in rows:
         assert row["encode"]["values_per_second"] > 0
         assert row["decode"]["values_per_second"] > 0
-        # Tables and streams agree on the length, but for headers, which weigh on so small a model.
+        # Tables and streams agree on the length, but for headers and escapes, which weigh on a model of random weights.
         parts = sum(part["bits"] for part in row["parts"]) / len(row["parts"])
-        assert 0 < parts < row["bits_per_value"] < parts + 8 * 300 / (64 * 3 * 64)
+        assert parts < row["bits_per_value"] < 1.2 * parts + 8 * 150 / (64 * 3 * 64)
         assert [part["side"] for part in row["parts"]] == ["key", "value"] * 3
     assert "decode, M values/s" in shown.err
 
