@@ -2,32 +2,18 @@
 
 A calibration is a directory or a Hub repository with three files:
 
-    calibration.safetensors   tensors below; its metadata is one key, `hf_seqkv`, with the format version
+    calibration.safetensors   tensors, see `layout.py`; its metadata is one key, `hf_seqkv`, with the format version
     seqkv_config.json         what it was made for and from
     README.md                 the model card
-
-Tensors of layer `i`, for `side` in `key`, `value` (all fp32 but `widths`):
-
-    {i}.{side}.rotation   [H, D, D]      rows are the basis, orthogonal within a head
-    {i}.{side}.std        [H, D]         standard deviation of each component of a vector of length sqrt(D)
-    {i}.{side}.widths     [H, D] uint8   bits of each component
-    {i}.{side}.levels     [H, 9, n]      codebook of each width, unit variance
-
-Tensors of a sequence codec, of profile `full` (with prediction) or `light`, where there is one; `sequence_part.Part`
-says what they are:
-
-    sequence.{profile}.tables                             [C, 256] uint16   frequencies
-    sequence.{profile}.offsets                            [C, 3]            reconstruction points
-    sequence.{profile}.along                              [P, P]            transform along a page's tokens
-    sequence.{profile}.{i}.{side}.{bias, predictor (fp16), synthesis, sizes, refined, importance, share}
-
-And `texts.shingles`, which tells the texts it was made from (`overlap.py`).
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,19 +22,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..codec.exact_tables import ExactTables
 from ..codec.page import QuantizedPageCodec
 from ..codec.sequence import SequenceCodec
 from ..codec.sequence_part import Part
 from ..codec.symbol_tables import SymbolTables
 from ..codec.vector import VectorCodec
 from ..errors import CalibrationMismatchError, CalibrationNotFoundError, ConfigError, FormatError, SeqKVWarning
+from .exact_fit import fit_exact
 from .hub import CONFIG_NAME, TENSORS_NAME, download
+from .layout import PARTS, SEQUENCE_PARTS, SIDES, check_shapes
+from .sequence_fit import Sample
 
 FORMAT_VERSION = 2
 CARD_NAME = "README.md"
-SIDES = ("key", "value")
-PARTS = ("rotation", "std", "widths", "levels")
-SEQUENCE_PARTS = ("bias", "synthesis", "sizes", "refined", "importance", "share")
+STEPS = 64  # quarter octaves either way: beyond a factor of 2**16 steps, sizes mean nothing
 
 
 def sequence_tensors(codec: SequenceCodec, profile: str) -> dict[str, torch.Tensor]:
@@ -67,7 +55,7 @@ class SeqKVCalibration:
     """A calibration in memory.
 
     Args:
-        tensors: By name, see the module's docstring.
+        tensors: By name, see `layout.py`.
         config: Contents of `seqkv_config.json`: `format_version`, `model` (the facts that must match), `weights`
             (fingerprint), `rope` (per layer `[half, interleaved]`), and how it was made.
         source: Where it came from, for messages.
@@ -77,6 +65,15 @@ class SeqKVCalibration:
     config: dict[str, Any]
     source: str = "<memory>"
     card: str | None = field(default=None, repr=False)
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of all that decides what hot pages hold."""
+        digest = hashlib.sha256(json.dumps([self.config[x] for x in ("scale_bits", "model")], sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            if name.split(".")[0].isdecimal():
+                digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.digest()
 
     # -- use -----------------------------------------------------------------------------------------------------
 
@@ -105,11 +102,11 @@ class SeqKVCalibration:
         """The sequence codec of a profile, `"full"` or `"light"`.
 
         Args:
-            step: Quarter octaves from the calibration's own, more is smaller and coarser; or a preset's name, `"fine"`,
-                `"balanced"` or `"small"`.
+            step: Quarter octaves from the calibration's own, -64 to 64, more is smaller and coarser; or a preset's
+                name, `"fine"`, `"balanced"` or `"small"`.
 
         Raises:
-            ConfigError: The calibration has none, or none of this profile.
+            ConfigError: The calibration has none, or none of this profile; or the step is not one of these.
         """
         made = self.config.get("sequence", {})
         if profile not in made:
@@ -118,9 +115,10 @@ class SeqKVCalibration:
                 "`seqkv calibrate` without --no-sequence"
             )
         presets = made[profile].get("presets", {})
-        if isinstance(step, str) and step not in presets:
-            raise ConfigError(f"{self.source} has no preset {step!r} (it has: {', '.join(presets) or 'none'})")
-        step = presets[step] if isinstance(step, str) else step
+        step = presets.get(step, step)
+        if not isinstance(step, int) or abs(step) > STEPS:
+            known = f"a whole number from {-STEPS} to {STEPS} or a preset ({', '.join(presets) or 'it has none'})"
+            raise ConfigError(f"{self.source}: step={step!r} is not {known}")
 
         def tensor(name: str) -> torch.Tensor | None:
             return self.tensors.get(f"sequence.{profile}.{name}")
@@ -133,6 +131,26 @@ class SeqKVCalibration:
             parts.append(Part(**fields))
         shared = (tensor("along"), SymbolTables(tensor("tables")), tensor("offsets"))
         return SequenceCodec(parts, *shared, made[profile]["base"], step)
+
+    def add_exact(self, sample: Sample, rows: Sequence[torch.Tensor], progress: bool = True) -> None:
+        """Fit the tables of the exact codec to these hot pages; arguments as `fit_exact` has them."""
+        parts = self.sequence_codec("full").parts
+        codecs = []
+        for i in range(len(rows)):
+            shapes = [self.tensors[f"{i}.{side}.std"].shape for side in SIDES]
+            codecs.append(self.page_codec(i, shapes[0][0], shapes[0][1], shapes[1][1], sample.positions.shape[1]))
+        interleaved = [layout[1] for layout in self.config["rope"]]
+        tables = fit_exact(codecs, parts, sample, rows, interleaved, progress=progress)
+        self.tensors |= {f"exact.{name}": x for name, x in tables.tensors().items()}
+
+    def exact(self) -> tuple[list[Part], ExactTables] | tuple[()]:
+        """What `ExactCodec` takes beside these hot pages' codecs; nothing where the calibration has none.
+
+        Raises:
+            FormatError: Tables are missing.
+        """
+        found = {name.partition(".")[2]: x for name, x in self.tensors.items() if name.startswith("exact.")}
+        return (self.sequence_codec("full").parts, ExactTables.from_tensors(found)) if found else ()
 
     def check(self, facts: dict[str, Any]) -> None:
         """Compare with a model's facts (`integration.model_facts`).
@@ -242,17 +260,7 @@ class SeqKVCalibration:
         missing = {"model", "weights", "rope", "scale_bits"} - set(self.config)
         if missing:
             raise FormatError(f"{self.source}: {CONFIG_NAME} lacks {', '.join(sorted(missing))}")
-        layers = self.config["model"].get("num_hidden_layers", 0)
-        names = {f"{i}.{side}.{part}" for i in range(layers) for side in SIDES for part in PARTS}
-        for profile, made in self.config.get("sequence", {}).items():
-            parts = (*SEQUENCE_PARTS, *(["predictor"] if made.get("predicts") else []))
-            names |= {f"sequence.{profile}.{name}" for name in ("tables", "offsets", "along")}
-            names |= {
-                f"sequence.{profile}.{i}.{side}.{part}" for i in range(layers) for side in SIDES for part in parts
-            }
-        absent = [name for name in sorted(names) if name not in self.tensors]
-        if absent:
-            raise FormatError(f"{self.source}: {TENSORS_NAME} lacks {absent[0]} and {len(absent) - 1} more tensors")
+        check_shapes(self.tensors, self.config, self.source)
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise FormatError(f"{self.source}: tensor {name} is not finite")

@@ -88,7 +88,7 @@ def fit_side(moments: Moments, bits: float) -> dict[str, torch.Tensor]:
         bits: Mean width.
 
     Returns:
-        `rotation [H, D, D]`, `std [H, D]`, `widths [H, D]`, `levels [H, 9, n]`; see `artifact.py`.
+        `rotation [H, D, D]`, `std [H, D]`, `widths [H, D]`, `levels [H, 9, n]`; see `layout.py`.
     """
     # About zero, not about the mean: the tokens a model leans on most have values near zero, and coding what sets
     # them apart from a mean would take their precision away.

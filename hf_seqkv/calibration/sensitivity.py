@@ -28,7 +28,7 @@ class Sensitivity:
         self.errors = [4.0**-b for b in bits]
         self.metrics: list[torch.Tensor] | None = None  # [H, D, D] of keys and of values
         self.gram = self.cross = None
-        self.tokens = self.queries = self.windows = 0
+        self.tokens = self.queries = 0
 
     def add(self, x: list[torch.Tensor], gradients: list[torch.Tensor], positions: torch.Tensor, queries: int) -> None:
         """Add one window's tokens.
@@ -53,7 +53,7 @@ class Sensitivity:
         else:
             self.metrics = [a + b for a, b in zip(self.metrics, second, strict=True)]
             self.gram, self.cross = self.gram + found.T @ found, self.cross + found.T @ logs
-        self.tokens, self.queries, self.windows = self.tokens + len(found), self.queries + queries, self.windows + 1
+        self.tokens, self.queries = self.tokens + len(found), self.queries + queries
 
     def metric(self, side: int) -> torch.Tensor:
         """Nats a query that an error of each token costs, twice, as a matrix: `[H, D, D]` fp64, positive definite."""

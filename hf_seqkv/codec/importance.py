@@ -27,6 +27,11 @@ def features(k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch
     return torch.cat([k.flatten(1), sizes, sizes.square(), place, place.square(), torch.ones_like(place)], -1)
 
 
+def count(heads: int, dim: int) -> int:
+    """How many features keys of `heads` heads of `dim` components have."""
+    return heads * dim + 4 * heads + 3
+
+
 def levels(found: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Levels of tokens, `features` `[n, F]` and fitted weights `[F]` to `[n]` int64, 0 to `LEVELS`."""
     return (found @ weights).round().clamp(0, LEVELS).long()

@@ -2,8 +2,8 @@
 
 Coding goes layer by layer, keys then values, over the `P` tokens of a page at once. One *part* is one side of a layer:
 
-1. prediction: linear in the token's embedding, in what the two parts before held as decoded, of both layers below, and,
-   for values, in the decoded keys. Keys are taken before RoPE.
+1. prediction: linear in the token's embedding, in the decoded keys and values of the two layers before and, for values,
+   in the decoded keys of their own layer. Keys are taken before RoPE.
 2. transform: the residual times a matrix that whitens what the model's output feels and removes correlation across
    heads and components; then a DCT along the page's tokens, after which errors do not add up over tokens.
 3. quantisation: `deadzone.py`, one step for everything; classes tell the expected size of each coefficient in it, and
@@ -69,6 +69,9 @@ class SequenceCodec:
         shares = torch.tensor([part.share + LEVEL_CLASSES for part in parts], dtype=torch.uint8)
         shifts = torch.full((len(parts),), SHIFT_CLASS, dtype=torch.uint8)
         self._head = torch.cat([shares.repeat_interleave(self.page_size), shifts])
+
+    def __deepcopy__(self, memo) -> SequenceCodec:
+        return self  # immutable
 
     @property
     def predicts(self) -> bool:
@@ -147,7 +150,7 @@ class SequenceCodec:
         return list(torch.cat([coder.kinds[row + SHIFTS] for coder, row in rows], 1))
 
     def _fine_classes(self, levels: torch.Tensor) -> torch.Tensor:
-        """Classes of the second stream of a page with levels `[parts, P]`."""
+        """Classes of the third stream of a page with levels `[parts, P]`."""
         found = [coder.fine.classes[row[row > 0] - 1].flatten() for coder, row in zip(self.coders, levels, strict=True)]
         return torch.cat(found)
 

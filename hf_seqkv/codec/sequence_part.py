@@ -20,10 +20,8 @@ REFINED, LEVEL_CLASSES = SIZES, 2 * SIZES  # first class of refinements, and of 
 SHARES = 9  # classes of levels: eighths of the tokens that are not refined
 SHIFT_CLASS = LEVEL_CLASSES + SHARES
 CLASSES = SHIFT_CLASS + 1
-SHIFTS, SHIFT = (
-    3,
-    2,
-)  # a part of a page is up to so many times, so many quarter octaves, larger or smaller than expected
+SHIFTS = 3  # a page moves the classes of a part up or down by so many shifts at most,
+SHIFT = 2  # of so many quarter octaves each
 _MIDDLE = 128  # size code of a standard deviation of one base step
 
 

@@ -150,12 +150,16 @@ class VectorCodec:
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Codes `[..., H, D, P]` and scales `[..., H, P]` to fp32 `[..., H, P, D]`; infinite scales count as 0."""
-        flat = codes.flatten(-3, -2).movedim(-2, 0)
-        y = torch.zeros(flat.shape, dtype=torch.float32, device=codes.device)
-        for width, rows, _ in self._groups:
-            rows = rows.to(codes.device)
-            y[rows] = _levels(self._table(rows, width), flat[rows])
-        y = y.movedim(0, -2).reshape(codes.shape).transpose(-1, -2)
+        if len(self._groups) == 1 and len(self.levels) == 1:
+            y = _levels(self._table(None, self._groups[0][0]), codes)
+        else:
+            flat = codes.flatten(-3, -2).movedim(-2, 0)
+            y = torch.zeros(flat.shape, dtype=torch.float32, device=codes.device)
+            for width, rows, _ in self._groups:
+                rows = rows.to(codes.device)
+                y[rows] = _levels(self._table(rows, width), flat[rows])
+            y = y.movedim(0, -2).reshape(codes.shape)
+        y = y.transpose(-1, -2)
         scales = scales.float().masked_fill(torch.isinf(scales), 0)
         return (y * scales[..., None]) @ self.decode_matrix + self.mean[:, None]
 
@@ -163,5 +167,5 @@ class VectorCodec:
 def _levels(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Levels of codes `[R, ...]` from one table for all, `[1, n]`, or one a row, `[R, n]`."""
     if table.shape[0] == 1:
-        return table[0][codes.long()]
+        return table[0].index_select(0, codes.flatten().int()).view(codes.shape)
     return table.gather(1, codes.flatten(1).long()).reshape(codes.shape)

@@ -1,0 +1,247 @@
+"""From a sample of keys and values to the tables of the exact codec, for one kind of hot pages.
+
+Layers are fitted in the order in which they are coded, each on what the codec has of those before: their hot pages, as
+decoded. The embedding's weights are those of a sequence codec; what it predicts from is coarser, so all other weights
+are fitted again, to what the embedding leaves.
+
+Source: ridge regression (`regression.py`); the Cholesky factor of what is left of a head, which is the regression of
+every component on those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..codec.center import rotate
+from ..codec.exact_part import BLOCK, HEAVIEST, PER_DEVIATION, ExactPart, Transform, embedding_inputs
+from ..codec.exact_predict import Nowhere, Place, Side, expected_size, scale_steps
+from ..codec.exact_tables import ExactTables
+from ..codec.page import QuantizedPageCodec
+from ..codec.sequence_part import Part
+from ..errors import ConfigError
+from .regression import Regression
+from .sequence_fit import Sample
+
+RIDGE = 1e-3  # of earlier heads, of their mean energy
+JITTER = 1e-4  # of what is left of a head, of its mean energy
+LEAST = 1e-3  # of a component's deviation, in typical sizes
+
+
+@dataclass(frozen=True)
+class Predictors:
+    """What codes are predicted from; what is left out shows what it is worth.
+
+    Args:
+        layers: The keys and values of the two layers below.
+        keys: A layer's keys, for its values.
+        embedding: The token's embedding.
+        heads: What was missed of earlier heads.
+        components: What was missed of earlier components of the head.
+        adapts: Deviations and means follow what was coded.
+    """
+
+    layers: bool = True
+    keys: bool = True
+    embedding: bool = True
+    heads: bool = True
+    components: bool = True
+    adapts: bool = True
+
+
+def fit_exact(
+    pages: Sequence[QuantizedPageCodec],
+    parts: Sequence[Part] | None,
+    sample: Sample,
+    rows: Sequence[torch.Tensor],
+    interleaved: Sequence[bool],
+    using: Predictors = Predictors(),
+    progress: bool = True,
+) -> ExactTables:
+    """Fit tables.
+
+    Args:
+        pages: Codec of each layer's hot pages.
+        parts: Of a sequence codec that predicts; None only without `using.embedding`.
+        rows: Of each layer, cosines and sines of the pages of a window, `[n, P, 2 * half]`; the sample is of windows
+            that stand in the same places.
+        interleaved: How RoPE pairs components, by layer.
+
+    Raises:
+        ConfigError: The embedding is to be used, and nothing predicts from it.
+    """
+    if using.embedding and (parts is None or parts[0].predictor is None):
+        raise ConfigError("the exact codec predicts from embeddings by a sequence codec's weights; give one of 'full'")
+    embedded = embedding_inputs(sample.embedded.float().flatten(0, 1).numpy())
+    regression = Regression(*sample.positions.shape)
+    count, window = len(sample.positions), len(rows[0])
+    firsts = torch.arange(count) // window * window
+    made: list[ExactPart] = []
+    widths: list[int] = []
+    given: dict[int, np.ndarray] = {}  # inputs of earlier parts
+    layers = tqdm(list(enumerate(pages)), desc="calibrate: exact codec", unit="layer", disable=not progress)
+    for layer, page in layers:
+        plain = sample.keys[layer].float()
+        means = plain.mean(2)[firsts]  # [N, H, D]
+        angles = rows[layer].float().repeat(count // window, 1, 1)
+        keys = rotate(plain - means[:, :, None], angles[:, None], interleaved[layer])
+        place = _place(angles, interleaved[layer], means)
+        for i, (codec, x) in enumerate(((page.key, keys), (page.value, sample.values[layer].float()))):
+            index = 2 * layer + i
+            names = _inputs(index)
+            used = [n for n in names if (using.keys if n // 2 == layer else using.layers)]
+            weights = _embedding_rows(parts[index], [widths[n] for n in names]) if using.embedding else None
+            fit = _PartFit(codec, x, place if i == 0 else Nowhere(), weights, embedded)
+            fit.predict(regression, names, used, [given[n] for n in names])
+            fit.sharpen(using.heads, using.components)
+            made.append(fit.part)
+            widths.append(codec.heads * codec.dim)
+            given[index] = fit.side.learn(fit.raw)
+            regression.add(index, torch.from_numpy(given[index] / PER_DEVIATION))
+            kept = [n for n in range(index - 4 + i, index + 1) if n >= 0]
+            regression.keep(kept)
+            given = {n: given[n] for n in kept}
+    return ExactTables(made, using.embedding, using.adapts)
+
+
+def _inputs(index: int) -> list[int]:
+    """Parts that a part is predicted from, in the order of `Context.inputs`."""
+    first = index - index % 2
+    return [n for n in (first - 2, first - 1, first - 4, first - 3) if n >= 0] + [first] * (index % 2)
+
+
+def _place(rows: torch.Tensor, interleaved: bool, means: torch.Tensor) -> Place:
+    flat = rows.flatten(0, 1).double().numpy()
+    half = flat.shape[1] // 2
+    tokens = means.double().numpy().repeat(rows.shape[1], axis=0)
+    return Place((flat[:, :half], flat[:, half:]), interleaved, tokens)
+
+
+def _embedding_rows(part: Part, widths: list[int]) -> torch.Tensor:
+    return part.predictor[: len(part.predictor) - sum(widths)]
+
+
+class _PartFit:
+    """The tables of one part, as far as they are known."""
+
+    def __init__(self, codec, x: torch.Tensor, where, embedding: torch.Tensor | None, embedded: np.ndarray):
+        self.codec, self.where, self.embedding, self.embedded = codec, where, embedding, embedded
+        codes, scales = codec.encode(x)
+        self.codes = codes.numpy()
+        self.scales = scales.float().numpy()  # [N, H, P]
+        heads, dim = codec.heads, codec.dim
+        width = heads * dim
+        sizes = [torch.from_numpy(self.scales).square().mean((0, 2)), x.square().mean((0, 2, 3))]
+        units = torch.stack(sizes).sqrt().clamp_min(1e-6).float()
+        transform = Transform(codec, units)
+        self.raw = np.concatenate(
+            [where.to_plain(transform.decode(h, self.codes[:, h], self.scales[:, h]), h) for h in range(heads)], 1
+        )
+        blank, ones = torch.zeros(width), torch.ones(width)
+        self.part = ExactPart(
+            center=torch.from_numpy(self.raw.mean(0)).float(),
+            step=_steps(self.raw),
+            weights=torch.zeros(0, width, dtype=torch.int16),
+            gain=ones,
+            bias=blank,
+            spread=ones,
+            cross=torch.zeros(width, width, dtype=torch.int16),
+            cross_gain=ones,
+            chain=torch.zeros(heads, dim, dim, dtype=torch.int16),
+            deviation=torch.ones(heads, dim),
+            units=units,
+            scale=torch.ones(heads, 3),
+        )
+
+    def predict(self, regression: Regression, names: list[int], used: list[int], given: list[np.ndarray]) -> None:
+        """Weights of the inputs `names`, zeros for those not `used`."""
+        left = torch.from_numpy(self.raw).float()
+        base = np.zeros((0, left.shape[1]))
+        if self.embedding is not None:
+            base = self.embedding.double().numpy() / PER_DEVIATION
+            left = left - torch.from_numpy(self.embedded) @ torch.from_numpy(base).float()
+        bias, found = left.mean(0), torch.zeros(0, left.shape[1])
+        if used:
+            found, bias, _ = regression.solve(used, left)
+        blocks = iter(found.split([given[names.index(n)].shape[1] for n in used]))
+        rest = [
+            next(blocks) if n in used else torch.zeros(x.shape[1], left.shape[1])
+            for n, x in zip(names, given, strict=True)
+        ]
+        rest = torch.cat([torch.zeros(0, left.shape[1]), *rest]).double().numpy() / PER_DEVIATION
+        gain = _gain(np.concatenate([base, rest]))
+        self._set(weights=_whole(rest / gain), gain=torch.from_numpy(gain).float(), bias=bias.float())
+        inputs = ([self.embedded] if self.embedding is not None else []) + given
+        self.predicted = self.side.predict(inputs, len(self.raw))
+
+    def sharpen(self, heads: bool, components: bool) -> None:
+        """What earlier heads and components tell, and what is left then."""
+        dim, left = self.codec.dim, self.raw - self.predicted
+        spread = _steps(left)
+        cross = np.zeros((left.shape[1],) * 2)
+        if heads:
+            scaled = left / spread.numpy()
+            for head in range(1, self.codec.heads):
+                span, before = slice(head * dim, (head + 1) * dim), slice(head * dim)
+                gram = scaled[:, before].T @ scaled[:, before]
+                gram += RIDGE * gram.diagonal().mean() * np.eye(len(gram))
+                cross[before, span] = np.linalg.solve(gram, scaled[:, before].T @ left[:, span])
+        gain = _gain(cross)
+        self._set(spread=spread, cross=_whole(cross / gain), cross_gain=torch.from_numpy(gain).float())
+        missed = np.zeros(left.shape, np.float32)
+        chains, deviations, scales = [], [], []
+        for head in range(self.codec.heads):
+            span = slice(head * dim, (head + 1) * dim)
+            self.side.sharpen(self.predicted, head, missed)
+            missed[:, span] = self.side.miss(self.raw[:, span], self.predicted[:, span], head)
+            found = self._head(head, self.predicted[:, span], components)
+            for group, x in zip((chains, deviations, scales), found, strict=True):
+                group.append(x)
+        self._set(chain=torch.stack(chains), deviation=torch.stack(deviations), scale=torch.stack(scales))
+
+    def _head(self, head: int, predicted: np.ndarray, components: bool) -> tuple[torch.Tensor, ...]:
+        """Chain, deviations and scale of a head."""
+        unit = float(self.part.units[0, head])
+        values = self.scales[:, head].reshape(-1).astype(np.float64)
+        expected = self.side.transform.encode(head, self.where.to_cache(predicted, head))
+        levels = self.side.transform.levels
+        table = levels[head if len(levels) > 1 else 0][self.side.widths[head]]
+        coded = table[np.arange(self.codec.dim)[:, None], self.codes[:, head].astype(np.int64)]
+        y = coded.transpose(0, 2, 1).reshape(len(values), -1) * values[:, None]
+        left = (y - expected)[values > 0]
+        second = left.T @ left / max(1, len(left))
+        second += (JITTER * second.diagonal().mean() + 1e-12) * np.eye(len(second))
+        factor = np.linalg.cholesky(second)
+        chain = np.eye(len(second)) - factor.diagonal()[:, None] * np.linalg.inv(factor)  # [later, earlier]
+        chain = np.tril(chain, -1) * components
+        deviation = np.maximum((left - left @ chain.T).std(0), LEAST * unit)
+        moved = 4096 * chain.T * deviation[:, None] / deviation
+        energy = (left * left).mean()
+        steps = scale_steps(values[values > 0], self.side.wide)
+        over = (steps - scale_steps(expected_size(expected, unit, energy), self.side.wide)[values > 0]) / 16
+        scale = torch.tensor([energy, over.mean(), max(over.std(), 0.5)], dtype=torch.float32)
+        return _whole(moved), torch.from_numpy(deviation).float(), scale
+
+    def _set(self, **fields) -> None:
+        self.part = replace(self.part, **fields)
+        self.side = Side(self.codec, self.part, self.embedding, "sample")
+
+
+def _steps(x: np.ndarray) -> torch.Tensor:
+    deviation = x.std(0)
+    return torch.from_numpy(np.maximum(deviation, 1e-3 * deviation.mean() + 1e-12) / PER_DEVIATION).float()
+
+
+def _gain(weights: np.ndarray) -> np.ndarray:
+    """The least gain of each column of `[F, W]` with which blocks of whole weights are not too heavy, as fp32."""
+    sums = [abs(weights[at : at + BLOCK]).sum(0) for at in range(0, len(weights), BLOCK)]
+    heaviest = np.max([np.zeros(weights.shape[1]), *sums], axis=0)
+    return np.maximum(heaviest / (HEAVIEST - BLOCK), 1e-12).astype(np.float32).astype(np.float64)
+
+
+def _whole(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.clip(np.rint(x), -32767, 32767).astype(np.int16))

@@ -1,0 +1,109 @@
+"""Tensors of a calibration's file: their names and shapes, checked where a file is read.
+
+Tensors of layer `i`, for `side` in `key`, `value` (all fp32 but `widths`):
+
+    {i}.{side}.rotation   [H, D, D]      rows are the basis, orthogonal within a head
+    {i}.{side}.std        [H, D]         standard deviation of each component of a vector of length sqrt(D)
+    {i}.{side}.widths     [H, D] uint8   bits of each component
+    {i}.{side}.levels     [H, 9, n]      codebook of each width, unit variance
+    {i}.held              [F]            weights of `importance.features` that tell tokens to hold dense; may be absent
+
+Tensors of a sequence codec, of profile `full` (with prediction) or `light`, where there is one; `sequence_part.Part`
+says what they are:
+
+    sequence.{profile}.tables                             [C, 256] uint16   frequencies
+    sequence.{profile}.offsets                            [C, 3]            reconstruction points
+    sequence.{profile}.along                              [P, P]            transform along a page's tokens
+    sequence.{profile}.{i}.{side}.{bias, predictor (fp16), synthesis, sizes, refined, importance, share}
+
+Tensors of the exact codec of these hot pages, where there is a sequence codec that predicts; `exact_part.ExactPart`
+says what they are:
+
+    exact.flags                [2] uint8   see `exact_tables.ExactTables`
+    exact.{i}.{side}.{field}
+
+And `texts.shingles`, which tells the texts it was made from (`overlap.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..codec import importance
+from ..codec.deadzone import OFFSETS
+from ..codec.importance import LEVELS
+from ..codec.sequence_part import CLASSES, LADDER
+from ..codec.symbol_tables import ESCAPE
+from ..errors import FormatError
+
+SIDES = ("key", "value")
+PARTS = ("rotation", "std", "widths", "levels")
+SEQUENCE_PARTS = ("bias", "synthesis", "sizes", "refined", "importance", "share")
+
+
+def check_shapes(tensors: dict[str, torch.Tensor], config: dict[str, Any], source: str) -> None:
+    """Every tensor must be there and fit the others.
+
+    Raises:
+        FormatError: One is missing or does not.
+    """
+
+    def expect(name: str, *shape: int | None) -> tuple[int, ...]:
+        """A tensor's shape, which must be this one; None is any size."""
+        if name not in tensors:
+            raise FormatError(f"{source}: tensor {name} is missing; download or make the calibration again")
+        found = tuple(tensors[name].shape)
+        if len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape, strict=True)):
+            raise FormatError(
+                f"{source}: tensor {name} has shape {found}, must have {shape}; download or make the calibration again"
+            )
+        return found
+
+    sides = []  # KV heads and head dim of each
+    for i in range(config["model"].get("num_hidden_layers", 0)):
+        for side in SIDES:
+            heads, dim = expect(f"{i}.{side}.std", None, None)
+            expect(f"{i}.{side}.rotation", heads, dim, dim)
+            expect(f"{i}.{side}.widths", heads, dim)
+            expect(f"{i}.{side}.levels", heads, 9, None)
+            sides.append((heads, dim))
+        if f"{i}.held" in tensors:
+            expect(f"{i}.held", importance.count(*sides[2 * i]))
+    for profile, made in config.get("sequence", {}).items():
+        prefix = f"sequence.{profile}"
+        expect(f"{prefix}.tables", CLASSES, ESCAPE + 1)
+        expect(f"{prefix}.offsets", CLASSES, OFFSETS)
+        size, _ = expect(f"{prefix}.along", None, None)
+        expect(f"{prefix}.along", size, size)
+        embedded = expect(f"{prefix}.0.key.predictor", None, None)[0] if made.get("predicts") else None
+        for i, fields in enumerate(_sequence_shapes(sides, size, embedded)):
+            for name, shape in fields.items():
+                expect(f"{prefix}.{i // 2}.{SIDES[i % 2]}.{name}", *shape)
+
+
+def _sequence_shapes(
+    sides: list[tuple[int, int]], size: int, embedded: int | None
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Shapes of every part of a sequence codec in turn, by name.
+
+    Args:
+        size: Tokens of a page.
+        embedded: Components of an embedding; None where nothing is predicted.
+    """
+    widths = [heads * dim for heads, dim in sides]
+    for index, width in enumerate(widths):
+        first = index - index % 2
+        fields = {
+            "bias": (width,),
+            "synthesis": (width, width),
+            "sizes": (len(LADDER), size, width),
+            "refined": (len(LADDER), LEVELS, width),
+            "importance": (importance.count(*sides[first]),),
+            "share": (),
+        }
+        if embedded is not None:  # rows in the order of `Context.inputs`
+            fields["predictor"] = (embedded + sum(widths[max(0, first - 4) : index]), width)
+        yield fields
