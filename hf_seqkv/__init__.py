@@ -16,6 +16,7 @@ _PUBLIC = {
     "SeqKVConfig": ".config",
     "SeqKVCache": ".integration.cache",
     "SeqKVCalibration": ".calibration.artifact",
+    "PrefixStore": ".store.prefix_store",
     "install": ".integration.generate",
     "uninstall": ".integration.generate",
     "calibrate": ".integration.collect",

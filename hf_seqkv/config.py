@@ -45,6 +45,8 @@ class SeqKVConfig:
         page_size: Tokens a page; a multiple of 8.
         n_sink: First tokens of every row kept dense.
         residual_length: Least number of last tokens kept dense; up to `page_size` more wait for their page.
+        prefix_store: Directory or URL of a prefix store, or a `PrefixStore`: prompts that begin like earlier ones load
+            what those left there.
         backend: `"auto"`, `"reference"` (torch), `"cpu"` (numba) or `"triton"`. `HF_SEQKV_BACKEND` overrides `"auto"`.
         key_bits, value_bits: Bits a code: 2, 3, 4, 5, 6 or 8 (data-free method only, as all that follow).
         rotation: `"hadamard"` with random signs (head dims that are a power of two, else `"orthogonal"`), or
@@ -64,6 +66,7 @@ class SeqKVConfig:
     page_size: int = 64
     n_sink: int = 4
     residual_length: int = 32
+    prefix_store: Any = None
     backend: str = "auto"
     key_bits: int | None = None
     value_bits: int | None = None
@@ -156,8 +159,9 @@ class SeqKVConfig:
         """Options that are set, as JSON types; a calibration object is named by its source."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         options = {name: value for name, value in options.items() if value is not None}
-        if not isinstance(options.get("calibration", ""), str):
-            options["calibration"] = str(options["calibration"].source)
+        for name, told in (("calibration", "source"), ("prefix_store", "url")):
+            if name in options:
+                options[name] = str(getattr(options[name], told, options[name]))
         return options
 
     def to_json(self) -> str:

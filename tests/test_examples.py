@@ -55,6 +55,14 @@ def test_calibrate_and_reuse(tiny_model, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"calibration.safetensors", "seqkv_config.json"}
 
 
+def test_store_and_sleep(tiny_model, tmp_path):
+    out = example("03_store_and_sleep.py", tmp_path, tiny_model)
+    assert "What is it? 0 tokens loaded" in out
+    assert re.search(r"What is it not\? [1-9]\d+ tokens loaded", out)
+    assert re.search(r"session of \d+ tokens: \d+ bytes", out)
+    assert re.search(r"replayed: \d+", out)
+
+
 def test_card_template_is_the_one_that_is_used():
     assert (ROOT / "model_cards" / "TEMPLATE.md").read_text() == template()
 
@@ -77,12 +85,11 @@ def test_readme_layout_names_every_package_file():
             assert path.name in readme, f"{path.relative_to(ROOT)} is missing from the README's layout"
 
 
-def test_readme_python_runs(tiny_model):
+def test_readme_python_runs(tiny_model, tmp_path):
     """Its Python blocks, with a tiny model in place of the one they name."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
     code = "\n".join(blocks).replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_model))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -28,11 +28,13 @@ FRONT = {"hf_seqkv", "hf_seqkv.register", "hf_seqkv.__main__"}
 # Library -> where it may be imported: a folder of the package, one module, or a pattern of modules.
 HOMES = {
     "transformers": {"integration", "cli", "eval"},
-    "numba": {"kernels.cpu", "codec.deadzone", "codec.entropy", "codec.sequence*"},
+    "numba": {"kernels.cpu", *(f"codec.{name}" for name in ("deadzone", "entropy", "exact_*", "sequence*", "token_*"))},
     "llvmlite": {"kernels.cpu"},
     "triton": {
         f"kernels.triton_{name}" for name in ("attend", "pages", "partials", "rows", "scales", "softmax", "tile")
     },
+    "fsspec": {"store.remote"},
+    "sqlite3": {"store.index"},
     "huggingface_hub": {"calibration", "cli", "eval"},
 }
 LINES = 300

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from kernel_cases import CASES, build
 from models import prompt, tiny
-from test_kernels import CASES, build
 
 from hf_seqkv import SeqKVCache
 from hf_seqkv.kernels import ops, reference

@@ -35,7 +35,7 @@ def prompt_of(count):
 
 
 def test_codec_is_timed_and_finer_steps_take_more(demo, saved, capsys):
-    argv = ["bench", "codec", "--calibration", str(saved), "--steps", "0", "-8", "--pages", "6", "--tokens", "300"]
+    argv = ["bench", "codec", "--calibration", str(saved), "--steps", "0", "fine", "--pages", "6", "--tokens", "300"]
     assert main([*argv, "--seconds", "1", "--json"]) == 0
     shown = capsys.readouterr()
     rows = json.loads(shown.out)["rows"]

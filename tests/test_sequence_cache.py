@@ -1,12 +1,13 @@
 """`SequenceCache`: what it attends to is what its stored pages decode to, and its bits are their bytes."""
 
 import functools
+import inspect
 
 import pytest
 import torch
 from models import prompt, tiny
 from test_calibration import make
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_seqkv.codec.center import rotate
 from hf_seqkv.errors import CalibrationMismatchError, ConfigError, UnsupportedOperationError
@@ -190,6 +191,61 @@ def test_a_reset_starts_anew():
     with torch.no_grad():
         model(prompt(1, TOKENS)[0], past_key_values=cache)
     assert cache.stored == stored
+
+
+def test_a_failed_forward_leaves_nothing_after_a_reset():
+    model, cache = tiny("llama"), SequenceCache(tiny("llama").config, calibration())
+
+    def fail(*args):
+        raise RuntimeError("stop here")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="stop here"):
+        model(prompt(2, TOKENS)[0][1:], past_key_values=cache)
+    handle.remove()
+    cache.reset()
+    assert not cache.coder._encoders
+    with torch.no_grad():
+        model(prompt(1, TOKENS)[0], past_key_values=cache)
+    expected = filled()[1]
+    assert cache.stored == expected.stored
+    assert cache.stored_bits_per_value() == expected.stored_bits_per_value()
+
+
+def unmet(name):
+    """A model like `tiny(name)` that no cache was used with yet."""
+    model = AutoModelForCausalLM.from_config(tiny(name).config).eval()
+    model.load_state_dict(tiny(name).state_dict())
+    return model
+
+
+@pytest.mark.parametrize("how", ["by name", "by position"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ids_are_seen_from_the_first_forward_on(name, how):
+    """However the cache is passed; hooks are put on a model within its first call."""
+    model, ids = unmet(name), prompt(1, TOKENS)[0]
+    cache = SequenceCache(model.config, calibration(name))
+    before = list(inspect.signature(model.forward).parameters).index("past_key_values") - 1
+    for part in ids.split(200, 1):
+        with torch.no_grad():
+            if how == "by position":
+                model(part, *[None] * before, cache)
+            else:
+                model(part, past_key_values=cache)
+    assert cache.stored == filled(name, chunk=200)[1].stored
+
+
+def test_a_model_without_head_by_position():
+    """Its own first call is the one that its hook cannot see: `bind` comes first."""
+    model, ids = unmet("llama").model, prompt(1, TOKENS)[0]
+    before = list(inspect.signature(model.forward).parameters).index("past_key_values") - 1
+    with torch.no_grad(), pytest.raises(UnsupportedOperationError, match=r"did not see.*bind\(model\)"):
+        model(ids, *[None] * before, SequenceCache(model.config, calibration()))
+    cache, model = SequenceCache(model.config, calibration()), unmet("llama").model
+    cache.bind(model)
+    with torch.no_grad():
+        model(ids, *[None] * before, cache)
+    assert cache.stored == filled()[1].stored
 
 
 def test_embeddings_are_refused_by_name():

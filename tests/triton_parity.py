@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import triton_tools
-from test_kernels import MIXED, Case, build, make_center, vector_codec
+from kernel_cases import MIXED, Case, build, make_center, vector_codec
 
 from hf_seqkv.codec.page import QuantizedPageCodec
 from hf_seqkv.codec.quantize import distortion, lloyd_max

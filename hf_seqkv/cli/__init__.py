@@ -14,7 +14,7 @@ import sys
 from .. import __version__
 from ..errors import SeqKVError
 
-VERBS = ("bench", "calibrate", "demo", "inspect", "run")
+VERBS = ("bench", "calibrate", "demo", "inspect", "run", "store")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,14 +6,22 @@ A piece is a function that adds its parser, listed in `PIECES`, and one that run
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 
 from ..config import BITS, DATA_FREE
 from ..errors import ConfigError
-from . import bench_ablation, bench_codec, bench_quality
-from .options import add_option_argument, check_plot, chosen_options, positive
+from . import bench_ablation, bench_codec, bench_exact, bench_quality, bench_replay, bench_store
+from .options import (
+    add_count,
+    add_option_argument,
+    add_output_arguments,
+    check_plot,
+    chosen_options,
+    positive,
+    several,
+    show,
+)
 
 DTYPES = ("float32", "bfloat16")
 
@@ -73,8 +81,7 @@ def _add_roofline(pieces) -> None:
         metavar="BITS=N",
         help="instructions a code of this width, in place of the recorded counts",
     )
-    parser.add_argument("--plot", metavar="FILE", help="write a chart, such as roofline.png")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
+    add_output_arguments(parser, "roofline.png")
     parser.set_defaults(run=_run_roofline)
 
 
@@ -106,18 +113,16 @@ def _run_roofline(args: argparse.Namespace) -> int:
         instructions=roofline.INSTRUCTIONS | roofline.ESTIMATES | dict(args.instructions),
     )
     rows = roofline.roofline(gpu, model, args.context, args.batch, rates, given)
-    print(roofline_report.table(gpu, model, rows, given), file=sys.stderr)
+    result = {
+        "command": args.command,
+        "gpu": asdict(gpu),
+        "model": asdict(model),
+        "assumptions": asdict(given) | {"said": roofline_report.assumptions(gpu, model, rows, given)},
+        "rows": [row.to_dict() | {"verdict": roofline_report.verdict(row)} for row in rows],
+    }
+    show(args, roofline_report.table(gpu, model, rows, given), result)
     if args.plot:
         roofline_report.plot(gpu, model, rows, args.plot)
-    if args.json:
-        result = {
-            "command": args.command,
-            "gpu": asdict(gpu),
-            "model": asdict(model),
-            "assumptions": asdict(given) | {"said": roofline_report.assumptions(gpu, model, rows, given)},
-            "rows": [row.to_dict() | {"verdict": roofline_report.verdict(row)} for row in rows],
-        }
-        print(json.dumps(result))
     return 0
 
 
@@ -148,7 +153,7 @@ def _add_kernels(pieces) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of queries and dense windows (bfloat16)")
     parser.add_argument("--seconds", type=_number, default=2.0, metavar="S", help="for the calls of a row (2)")
     parser.add_argument("--warm", action="store_true", help="one cache for all calls, from the processor's caches")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
+    add_output_arguments(parser)
     parser.set_defaults(run=_run_kernels)
 
 
@@ -199,9 +204,7 @@ def _run_kernels(args: argparse.Namespace) -> int:
     rows = bench_kernels.bench(shapes, args.tokens, rates, args.threads, dtype, args.seconds, args.warm)
     result = {"command": args.command, "machine": machine, "backend": backend, "dtype": args.dtype, "rows": rows}
     result |= {"seconds": args.seconds, "warm": args.warm, "baseline": bench_kernels.BASELINE}
-    print(bench_report.kernels(result), file=sys.stderr)
-    if args.json:
-        print(json.dumps(result))
+    show(args, bench_report.kernels(result), result)
     return 0
 
 
@@ -217,20 +220,13 @@ def _add_decode(pieces) -> None:
     _list(parser, "--context", positive, "1024 8192", "N", "tokens of the prompt")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights (both)")
     # as many as a default page has tokens: each cache of ours then makes a page exactly once
-    parser.add_argument("--new-tokens", type=_several, default=64, metavar="N", help="steps of each cache (64)")
+    add_count(parser, "--new-tokens", 64, "steps of each cache", kind=several)
     caches = ("dynamic", "static", "seqkv")
     parser.add_argument("--caches", nargs="+", choices=caches, default=caches, help="which (dynamic static seqkv)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads (torch's default)")
     add_option_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
+    add_output_arguments(parser)
     parser.set_defaults(run=_run_decode)
-
-
-def _several(text: str) -> int:
-    """For counts of which quartiles are taken."""
-    if positive(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 2")
-    return int(text)
 
 
 def _run_decode(args: argparse.Namespace) -> int:
@@ -261,10 +257,18 @@ def _run_decode(args: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     result = {"command": args.command, "machine": machine, "backend": backend, "model": description}
     result |= {"threads": threads, "options": options, "runs": runs}
-    print(bench_report.decode(result), file=sys.stderr)
-    if args.json:
-        print(json.dumps(result))
+    show(args, bench_report.decode(result), result)
     return 0
 
 
-PIECES = (_add_roofline, _add_kernels, _add_decode, bench_ablation.add, bench_codec.add, bench_quality.add)
+PIECES = (
+    _add_roofline,
+    _add_kernels,
+    _add_decode,
+    bench_ablation.add,
+    bench_codec.add,
+    bench_exact.add,
+    bench_quality.add,
+    bench_replay.add,
+    bench_store.add,
+)

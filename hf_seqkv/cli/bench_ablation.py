@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from .bench_quality import TEXTS
-from .options import add_model_arguments, load_model, positive, read_texts
+from .options import (
+    add_count,
+    add_model_option,
+    add_output_arguments,
+    add_texts_argument,
+    chosen_texts,
+    load_model,
+    read_texts,
+    show,
+)
 
 
 def add(pieces) -> None:
@@ -17,16 +23,14 @@ def add(pieces) -> None:
         help="the sequence codec without each of its ingredients",
         description="Fit the sequence codec with one ingredient left out at a time; compare rates at equal quality.",
     )
-    parser.add_argument("--model", default="demo", help="directory or Hub repository (default: the demo's model)")
-    add_model_arguments(parser)
+    add_model_option(parser)
     parser.add_argument("--fit", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 texts to fit to")
-    judged = f"UTF-8 texts to judge by (default: the package's {' and '.join(TEXTS)})"
-    parser.add_argument("--texts", nargs="+", type=Path, metavar="FILE", help=judged)
-    parser.add_argument("--tokens", type=positive, default=32_768, metavar="N", help="to fit to (32768)")
-    parser.add_argument("--windows", type=positive, default=1, metavar="N", help="windows a text to judge by (1)")
-    parser.add_argument("--window", type=positive, default=2048, metavar="N", help="tokens a window (2048)")
+    add_texts_argument(parser, "UTF-8 texts to judge by")
+    add_count(parser, "--tokens", 32_768, "to fit to")
+    add_count(parser, "--windows", 1, "windows a text to judge by")
+    add_count(parser, "--window", 2048, "tokens a window")
     parser.add_argument("--seed", type=int, default=0, help="which windows are drawn (0)")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
+    add_output_arguments(parser)
     parser.set_defaults(run=_run)
 
 
@@ -37,15 +41,12 @@ def _run(args: argparse.Namespace) -> int:
         ConfigError: Texts too short, or judged by what was fitted to.
         SeqKVError: The model cannot be had.
     """
-    from ..eval import ablation, bench_timing, passages, quality
+    from ..eval import ablation, bench_timing, quality
 
-    fitted = list(read_texts(args.fit).values())
-    judged = read_texts(args.texts) if args.texts else {name: passages.read(name) for name in TEXTS}
+    fitted, judged = list(read_texts(args.fit).values()), chosen_texts(args)
     model, tokenizer, description = load_model(args.model, args.gguf_file, args.dtype)
     plan = quality.Plan(args.windows, args.window)
     found = ablation.measure(model, tokenizer, fitted, judged, args.tokens, args.seed, plan)
-    print(ablation.table(found), file=sys.stderr)
-    if args.json:
-        machine = bench_timing.machine()
-        print(json.dumps({"command": args.command, "machine": machine, "model": description, "variants": found}))
+    result = {"command": args.command, "machine": bench_timing.machine(), "model": description, "variants": found}
+    show(args, ablation.table(found), result)
     return 0

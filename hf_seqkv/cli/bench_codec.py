@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 
-from .options import add_model_arguments, load_model, positive
+from .options import add_count, add_model_option, add_output_arguments, load_model, positive, show, step
 
 
 def add(pieces) -> None:
@@ -16,15 +14,14 @@ def add(pieces) -> None:
         description="Encode and decode pages of a real text, all layers, and time it.",
     )
     parser.add_argument("--calibration", required=True, metavar="DIR_OR_REPO", help="with a sequence codec")
-    parser.add_argument("--model", default="demo", help="directory or Hub repository (default: the demo's model)")
-    add_model_arguments(parser)
+    add_model_option(parser)
     parser.add_argument("--profiles", nargs="+", default=["full", "light"], help="(default: full light)")
-    parser.add_argument("--steps", nargs="+", type=int, default=[0], metavar="N", help="(default: 0)")
-    parser.add_argument("--pages", type=positive, default=32, metavar="N", help="coded at once (32)")
-    parser.add_argument("--tokens", type=positive, default=1028, metavar="N", help="of the text that is run (1028)")
+    parser.add_argument("--steps", nargs="+", type=step, default=[0], metavar="N", help="or names of presets (0)")
+    add_count(parser, "--pages", 32, "coded at once")
+    add_count(parser, "--tokens", 1028, "of the text that is run")
     parser.add_argument("--threads", type=positive, metavar="N", help="(default: torch's)")
     parser.add_argument("--seconds", type=positive, default=10, metavar="S", help="for each setting (10)")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
+    add_output_arguments(parser)
     parser.set_defaults(run=_run)
 
 
@@ -49,7 +46,5 @@ def _run(args: argparse.Namespace) -> int:
     rows = bench_codec.measure(model, ids, calibration, settings, args.pages, args.seconds)
     result = {"command": args.command, "machine": bench_timing.machine(), "threads": torch.get_num_threads()}
     result |= {"model": description, "pages": args.pages, "rows": rows}
-    print(bench_codec.table(result), file=sys.stderr)
-    if args.json:
-        print(json.dumps(result))
+    show(args, bench_codec.table(result), result)
     return 0

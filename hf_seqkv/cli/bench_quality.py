@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .options import add_model_arguments, check_plot, load_model, pair, positive, read_texts
-
-TEXTS = ("jargon_file", "king_james")  # of the package
+from .options import (
+    add_count,
+    add_model_option,
+    add_output_arguments,
+    add_texts_argument,
+    check_plot,
+    chosen_texts,
+    load_model,
+    pair,
+    show,
+    step,
+)
 
 
 def add(pieces) -> None:
@@ -20,10 +26,8 @@ def add(pieces) -> None:
         help="perplexity, divergence and agreement of caches against dense, on real text",
         description="Run caches in lock-step with the dense one over windows of text, and compare what they predict.",
     )
-    parser.add_argument("--model", default="demo", help="directory or Hub repository (default: the demo's model)")
-    add_model_arguments(parser)
-    texts = f"UTF-8 text files (default: the package's {' and '.join(TEXTS)})"
-    parser.add_argument("--texts", nargs="+", type=Path, metavar="FILE", help=texts)
+    add_model_option(parser)
+    add_texts_argument(parser, "UTF-8 text files")
     parser.add_argument("--methods", nargs="*", metavar="NAME", help="turboquant-4, kivi-2, ... (default: all known)")
     parser.add_argument(
         "--method",
@@ -51,16 +55,12 @@ def add(pieces) -> None:
         metavar="DIR:PROFILE:STEP",
         help="one more method, a calibration's sequence codec: 'full' or 'light', at a step or preset; may be repeated",
     )
-    for name, default, help_text in (
-        ("windows", 2, "windows a text"),
-        ("window", 2048, "tokens a window"),
-        ("prefill", 256, "tokens before the first scored one"),
-        ("residual-length", 64, "last tokens that stay dense, at least"),
-    ):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"{help_text} ({default})")
-    parser.add_argument("--n-sink", type=int, default=4, metavar="N", help="first tokens that stay dense (4)")
-    parser.add_argument("--plot", metavar="FILE", help="write a chart, such as quality.png")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
+    add_count(parser, "--windows", 2, "windows a text")
+    add_count(parser, "--window", 2048, "tokens a window")
+    add_count(parser, "--prefill", 256, "tokens before the first scored one")
+    add_count(parser, "--residual-length", 64, "last tokens that stay dense, at least")
+    add_count(parser, "--n-sink", 4, "first tokens that stay dense", kind=int)
+    add_output_arguments(parser, "quality.png")
     parser.set_defaults(run=_run)
 
 
@@ -80,7 +80,7 @@ def _sequence(text: str) -> tuple[str, str, str | int]:
     where, colon, rest = text.partition(":full:") if ":full:" in text else text.partition(":light:")
     if not (where and colon and rest):
         raise argparse.ArgumentTypeError(f"{text!r} is not DIR:PROFILE:STEP such as out:full:balanced or out:light:-4")
-    return where, colon.strip(":"), int(rest) if rest.lstrip("-").isdecimal() else rest
+    return where, colon.strip(":"), step(rest)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -90,21 +90,19 @@ def _run(args: argparse.Namespace) -> int:
         ConfigError: Options, lengths or names that cannot be, or a text that a calibration has seen.
         SeqKVError: The model or a calibration cannot be had.
     """
-    from ..eval import bench_kernels, bench_timing, passages, quality, quality_report
+    from ..eval import bench_kernels, bench_timing, quality, quality_report
 
     plan = quality.Plan(args.windows, args.window, args.prefill, args.n_sink, args.residual_length)
     methods = _methods(args)
     check_plot(args.plot)
-    texts = read_texts(args.texts) if args.texts else {name: passages.read(name) for name in TEXTS}
+    texts = chosen_texts(args)
     model, tokenizer, description = load_model(args.model, args.gguf_file, args.dtype)
     result = {"command": args.command, "machine": bench_timing.machine(), "backend": bench_kernels.chosen_backend()}
     result |= {"model": description, "dtype": args.dtype}
     result |= quality.measure(model, tokenizer, texts, methods, plan)
-    print(quality_report.table(result), file=sys.stderr)
+    show(args, quality_report.table(result), result)
     if args.plot:
         quality_report.plot(result, args.plot)
-    if args.json:
-        print(json.dumps(result))
     return 0
 
 

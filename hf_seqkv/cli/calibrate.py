@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config import DATA_FREE
 from ..errors import ConfigError, SeqKVError
-from .options import add_model_arguments, load_model, read_texts
+from .options import add_count, add_model_arguments, load_model, read_texts
 
 HELD_BACK = 1 / 8  # of every text: measured on, never fitted on
 WINDOW = 1536  # tokens measured on
@@ -36,7 +36,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--held", type=float, default=0.01, metavar="SHARE", help=held)
     no_sequence = "neither sequence codec nor held tokens: no gradients, a third of the time"
     parser.add_argument("--no-sequence", dest="sequence", action="store_false", help=no_sequence)
-    parser.add_argument("--tokens", type=int, default=32_768, help="tokens to run (default: 32768)")
+    add_count(parser, "--tokens", 32_768, "tokens to run")
     parser.add_argument("--seed", type=int, default=0, help="which windows are drawn (default: 0)")
     parser.add_argument("--no-evaluate", action="store_true", help="skip the measurement on held-back text")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line on stdout")

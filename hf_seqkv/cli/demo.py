@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 
-from ..errors import ConfigError
-from .options import add_option_argument, chosen_options
+from .options import add_count, add_option_argument, add_output_arguments, check_plot, chosen_options, several, show
 
 QUALITY_CONTEXT = 1024  # tokens before the first scored one
 
@@ -20,25 +18,13 @@ def add_parser(subparsers) -> None:
         help="measure memory, speed and quality on SmolLM2-135M-Instruct",
         description="Generate with the dense cache and with seqkv, each in a process of its own, and compare.",
     )
-    parser.add_argument("--context", type=_positive, default=4096, metavar="N", help="tokens of the prompt (4096)")
-    parser.add_argument("--new-tokens", type=_several, default=64, metavar="N", help="tokens to generate (64)")
-    parser.add_argument("--held-out", type=_several, default=2000, metavar="N", help="tokens to score (2000)")
+    add_count(parser, "--context", 4096, "tokens of the prompt")
+    add_count(parser, "--new-tokens", 64, "tokens to generate", kind=several)
+    add_count(parser, "--held-out", 2000, "tokens to score", kind=several)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights (float32)")
     add_option_argument(parser)
-    parser.add_argument("--plot", metavar="FILE", help="write a chart, such as demo.png")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
+    add_output_arguments(parser, "demo.png")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return int(text)
-
-
-def _several(text: str) -> int:
-    """For counts of which a median or a standard error is taken."""
-    return _positive(text, least=2)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,15 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from ..eval.extras import require
 
     options = chosen_options(args)
-    require("psutil", *(["matplotlib"] if args.plot else []))
-    if args.plot and not os.path.isdir(os.path.dirname(os.path.abspath(args.plot))):
-        raise ConfigError(f"--plot {args.plot}: there is no such directory; create it or choose another")
+    require("psutil")
+    check_plot(args.plot)
     result = _compare(args, options)
-    print(report.table(result), file=sys.stderr)
+    show(args, report.table(result), result)
     if args.plot:
         report.plot(result, args.plot)
-    if args.json:
-        print(json.dumps(result))
     return 0
 
 
@@ -90,14 +73,16 @@ def _compare(args: argparse.Namespace, options: dict) -> dict:
 def _quality(args: argparse.Namespace, options: dict) -> dict:
     """Perplexity and distance from dense, over `--held-out` tokens after `QUALITY_CONTEXT`."""
     import torch
+    from tqdm.auto import tqdm
     from transformers import DynamicCache
 
     from ..eval import passages, smollm2
-    from ..eval.perplexity import compare, teacher_forced_logits
+    from ..eval.perplexity import lockstep, pooled
     from ..integration.cache import SeqKVCache
 
     model, tokenizer, _ = smollm2.load(getattr(torch, args.dtype))
     ids = passages.held_out(tokenizer, QUALITY_CONTEXT + args.held_out)
-    caches = {"dense": DynamicCache(config=model.config), "seqkv": SeqKVCache(config=model.config, **options)}
-    dense, coded = (teacher_forced_logits(model, ids, cache, QUALITY_CONTEXT, label) for label, cache in caches.items())
-    return compare(dense, coded, ids[0, QUALITY_CONTEXT:]).to_dict()
+    caches = {"seqkv": SeqKVCache(config=model.config, **options)}
+    with tqdm(total=2 * (ids.shape[1] - 1), unit="token", leave=False) as bar:
+        scores = lockstep(model, ids, DynamicCache(config=model.config), caches, QUALITY_CONTEXT, bar.update)
+    return pooled([scores["seqkv"]]).to_dict()

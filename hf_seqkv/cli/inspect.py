@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .options import check_plot
+from .options import check_plot, step
 
 
 def add_parser(subparsers) -> None:
@@ -18,15 +18,11 @@ def add_parser(subparsers) -> None:
     what.add_argument("calibration", nargs="?", metavar="CALIBRATION", help="directory or Hub repository")
     what.add_argument("--env", action="store_true", help="versions, processor, kernel, GPUs, directories")
     parser.add_argument(
-        "--step", default=0, type=_step, metavar="N", help="of the sequence codec, or a preset's name (0)"
+        "--step", default=0, type=step, metavar="N", help="of the sequence codec, or a preset's name (0)"
     )
     parser.add_argument("--plot", metavar="FILE", help="write a calibration's spectra and rates, such as spectra.png")
     parser.add_argument("--json", action="store_true", help="print JSON instead, on one line")
     parser.set_defaults(run=run)
-
-
-def _step(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         CalibrationNotFoundError, FormatError: See `SeqKVCalibration.from_pretrained`.
-        ConfigError: It has no such preset, or the chart cannot be written there.
+        ConfigError: It has no such step or preset, or the chart cannot be written there.
     """
     from ..calibration.artifact import SeqKVCalibration
     from ..eval import calibration_report, environment

@@ -1,15 +1,18 @@
-"""Arguments that several verbs take: a cache's options, a model, texts, a chart."""
+"""What several verbs take and give: a cache's options, a model, texts, counts, a chart; a table and JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..config import SeqKVConfig
 from ..errors import ConfigError, SeqKVError
+
+TEXTS = ("jargon_file", "king_james")  # of the package
 
 
 def add_option_argument(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +49,39 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def positive(text: str) -> int:
+def positive(text: str, least: int = 1) -> int:
     """A whole number of at least 1, as argparse's `type`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
+
+
+def several(text: str) -> int:
+    """The same of at least 2: for counts of which quartiles or a standard error are taken."""
+    return positive(text, least=2)
+
+
+def step(text: str) -> int | str:
+    """A sequence codec's step, or the name of a preset, as argparse's `type`."""
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def add_count(parser: argparse.ArgumentParser, name: str, default: int, help_text: str, kind=positive) -> None:
+    parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{help_text} ({default})")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, chart: str | None = None) -> None:
+    """For `show` and, where there is a chart of such a name, for `check_plot`."""
+    if chart:
+        parser.add_argument("--plot", metavar="FILE", help=f"write a chart, such as {chart}")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, the last line of stdout")
+
+
+def show(args: argparse.Namespace, table: str, result: dict) -> None:
+    """A table for people on stderr, JSON on stdout where asked for."""
+    print(table, file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
 
 
 def check_plot(path: str | None) -> None:
@@ -78,6 +109,29 @@ def read_texts(paths: list[Path]) -> dict[str, str]:
         return {str(path): path.read_text(encoding="utf-8") for path in paths}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--texts: {error}; give readable UTF-8 text files") from error
+
+
+def add_texts_argument(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Of verbs that call `chosen_texts`."""
+    default = f"(default: the package's {' and '.join(TEXTS)})"
+    parser.add_argument("--texts", nargs="+", type=Path, metavar="FILE", help=f"{help_text} {default}")
+
+
+def chosen_texts(args: argparse.Namespace) -> dict[str, str]:
+    """Contents of `--texts` by path, or those of the package by name.
+
+    Raises:
+        ConfigError: A file cannot be read, or is not UTF-8.
+    """
+    from ..eval import passages
+
+    return read_texts(args.texts) if args.texts else {name: passages.read(name) for name in TEXTS}
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """`--model`, and how `load_model` loads it."""
+    parser.add_argument("--model", default="demo", help="directory or Hub repository (default: the demo's model)")
+    add_model_arguments(parser)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

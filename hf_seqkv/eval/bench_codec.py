@@ -122,7 +122,7 @@ def _length(bits: torch.Tensor, classes: torch.Tensor, symbols: torch.Tensor) ->
 
 
 def table(result: dict) -> str:
-    """For people: a line a setting, then for the last of them a line a layer."""
+    """For people: a line a setting, then for each of them a line a layer."""
     lines = [f"{'profile':<10}{'step':>6}{'bits a value':>14}{'encode, M values/s':>22}{'decode, M values/s':>22}"]
     for row in result["rows"]:
         speeds = (row[name]["values_per_second"] / 1e6 for name in ("encode", "decode"))

@@ -38,13 +38,9 @@ def facts(calibration: SeqKVCalibration, step: int | str) -> dict:
     rates = {name: predicted_rates(codec) for name, codec in profiles.items()}
     for layer in range(config["model"]["num_hidden_layers"]):
         for i, side in enumerate(SIDES):
-            deviation = calibration.tensors[f"{layer}.{side}.std"]
             widths = calibration.tensors[f"{layer}.{side}.widths"]
             row = {"layer": layer, "side": side, "hot_bits": widths.float().mean().item()}
             row["hot_widths"] = {int(w): (widths == w).float().mean().item() for w in widths.unique()}
-            power = deviation.square()
-            # Gain of the transform: arithmetic over geometric mean of the components' energies.
-            row["coding_gain_bits"] = (power.mean(-1).log2() - power.log2().mean(-1)).mean().div(2).item()
             row["rates"] = {name: found[2 * layer + i] for name, found in rates.items()}
             row["left"] = {name: config["sequence"][name]["left"][side][layer] for name in profiles}
             rows.append(row)
@@ -57,14 +53,13 @@ def table(found: dict) -> str:
     """A line a layer and side."""
     profiles = list(found["layers"][0]["rates"])
     lines = [
-        "hot: mean bits a code, and what the rotation gains against equal energies, in bits",
+        "hot: mean bits a code",
         *(f"{name}: variance that prediction leaves (held out), and predicted bits a value" for name in profiles),
         "",
-        f"{'layer':>5} {'side':<6}{'hot':>6}{'gain':>7}"
-        + "".join(f"{name + ' left':>14}{'bits':>7}" for name in profiles),
+        f"{'layer':>5} {'side':<6}{'hot':>6}" + "".join(f"{name + ' left':>14}{'bits':>7}" for name in profiles),
     ]
     for row in found["layers"]:
-        line = f"{row['layer']:>5} {row['side']:<6}{row['hot_bits']:>6.2f}{row['coding_gain_bits']:>7.2f}"
+        line = f"{row['layer']:>5} {row['side']:<6}{row['hot_bits']:>6.2f}"
         lines.append(line + "".join(f"{row['left'][p]:>14.3f}{row['rates'][p]:>7.3f}" for p in profiles))
     for name in profiles:
         mean = sum(row["rates"][name] for row in found["layers"]) / len(found["layers"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -14,10 +15,16 @@ from ..codec.page import DensePageCodec, PageCodec, QuantizedPageCodec
 from ..codec.vector import VectorCodec
 from ..config import SeqKVConfig
 from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
-from . import capture
+from . import accounting, capture
 from .layer import SeqKVLayer
 from .model_facts import model_facts, weights_fingerprint
 from .positions import PositionTable
+from .recorder import Recorder
+
+JOINED = 256  # forwards whose token ids are kept apart: joining them takes time, many small tensors memory
+
+if TYPE_CHECKING:
+    from .prefix import Prefixes
 
 
 class SeqKVCache(capture.Listener, DynamicCache):
@@ -73,6 +80,12 @@ class SeqKVCache(capture.Listener, DynamicCache):
             )
         self._codecs: dict[tuple, PageCodec] = {}
         self._tables: dict[int, PositionTable | None] = {}
+        self.model: torch.nn.Module | None = None
+        self._ids: list[torch.Tensor] = []  # of forwards in turn
+        # Cosines and sines: what removes the constant part of keys, or undoes RoPE, needs them.
+        self.tracks_positions = self.centers_keys
+        self.recorder: Recorder | None = None
+        self.prefixes: Prefixes | None = None
         capture.attach_on_first_call(self)
 
     def _refuse_unsupported(self, text_config) -> None:
@@ -89,7 +102,13 @@ class SeqKVCache(capture.Listener, DynamicCache):
 
     def bind(self, model: torch.nn.Module) -> None:
         """Meet the model that uses this cache: hook it, and compare its weights with the calibration's."""
+        self.model = model
         capture.attach(model, self)
+        store = self.seqkv_config.prefix_store
+        if store is not None and self.prefixes is None:
+            from .prefix import Prefixes  # which builds on this module
+
+            self.prefixes = Prefixes(self, model, store)
         if self.calibration is not None:
             self.calibration.check_weights(weights_fingerprint(model))
 
@@ -98,7 +117,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
 
     def __deepcopy__(self, memo):
         # Codecs, calibration and configs are immutable and shared.
-        for shared in (self.model_config, self.seqkv_config, self.calibration, *self._codecs.values()):
+        for shared in (self.model, self.model_config, self.seqkv_config, self.calibration, *self._codecs.values()):
             memo[id(shared)] = shared
         memo[id(self)] = new = self.__class__.__new__(self.__class__)
         new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -130,6 +149,28 @@ class SeqKVCache(capture.Listener, DynamicCache):
     def centers_keys(self) -> bool:
         return self.seqkv_config.method == "calibrated" or bool(self.seqkv_config.center_keys)
 
+    def note_ids(self, ids: torch.Tensor | None) -> None:
+        if ids is not None:
+            self._ids.append(ids)
+            if len(self._ids) > JOINED:
+                self._ids = [torch.cat(self._ids, 1)]
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """Token ids of all slots, `[B, T]`; None where some forward was given embeddings, or came before `bind`."""
+        if len(self._ids) > 1:
+            self._ids = [torch.cat(self._ids, 1)]
+        known = self._ids[0].shape[1] if self._ids else 0
+        return self._ids[0].cpu() if known and known == self.get_seq_length() else None
+
+    @ids.setter
+    def ids(self, ids: torch.Tensor | None) -> None:
+        self._ids = [] if ids is None else [ids]
+
+    def after_forward(self, hidden: torch.Tensor | None) -> None:
+        if self.prefixes is not None:
+            self.prefixes.after_forward(hidden)
+
     def initial_mean(self, batch: int, heads: int, dim: int, device) -> torch.Tensor | None:
         """Constant key part before a row's first page, `[B, H, D]`; None where none is removed."""
         if not self.centers_keys:
@@ -138,7 +179,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
 
     def table(self, index: int, noted: capture.Noted | None = None) -> PositionTable | None:
         """Position table of a layer; chosen at its first update, shared by layers that got the same cos and sin."""
-        if not self.centers_keys:
+        if not self.tracks_positions:
             return None
         if index not in self._tables:
             if noted is None:
@@ -168,6 +209,8 @@ class SeqKVCache(capture.Listener, DynamicCache):
             first, slot: Number of the first page of each row, and slot of its first token.
             k, v: `[len(rows), N, H, P, D]`.
         """
+        if self.recorder is not None:
+            self.recorder.see(index, rows, first, slot, k, v)
         return k, v
 
     def _distinct_tables(self) -> list[PositionTable]:
@@ -176,7 +219,9 @@ class SeqKVCache(capture.Listener, DynamicCache):
     # -- editing: layers first, then what they share -------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
+        ids = self.ids
         super().crop(tokens_to_remove)
+        self.ids = None if ids is None else ids[:, : self.get_seq_length()]
         for index, table in self._tables.items():
             layer = self.layers[index]
             if layer.length == 0:
@@ -188,6 +233,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
     def _select(self, index: torch.Tensor) -> None:
         for table in self._distinct_tables():
             table.select(index)
+        self._ids = [ids[index.to(ids.device)] for ids in self._ids]
 
     def _batch(self) -> int:
         return max((len(layer.start) for layer in self._coded()), default=0)
@@ -210,42 +256,31 @@ class SeqKVCache(capture.Listener, DynamicCache):
         super().reset()
         self._tables.clear()
         self._noted.clear()
+        self.ids = None
 
     # -- accounting ----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> int:
+        """Write the session to a file, from which `load` wakes it bit-identical; returns its bytes. See `sleep.py`."""
+        from .sleep import save
+
+        return save(self, path)
+
+    @staticmethod
+    def load(path: str | Path, model: torch.nn.Module, calibration=None) -> SeqKVCache:
+        """The session that `save` wrote, for the same model; see `sleep.py`."""
+        from .sleep import load
+
+        return load(path, model, calibration)
 
     def memory(self) -> dict[str, int]:
         """Bytes held, by part; the sum of the others is `total`.
 
         `codes` and `side_information` (scales, padding of pages, key means, page positions, held tokens) are the
         compressed tokens; `sinks` and `recent` dense tokens; `slack` room for more; `tables` rotations, codebooks and
-        recent cosines, shared by layers; `uncompressed` layers of other kinds.
+        recent cosines, shared by layers; `ids` the tokens', for stores; `uncompressed` layers of other kinds.
         """
-        parts = dict.fromkeys(("codes", "side_information", "sinks", "recent", "slack", "tables", "uncompressed"), 0)
-        for layer in self.layers:
-            if not isinstance(layer, SeqKVLayer):
-                tensors = [x for x in vars(layer).values() if isinstance(x, torch.Tensor) and x.dim() > 0]
-                parts["uncompressed"] += _bytes(tensors)
-                continue
-            if not layer.is_initialized:
-                continue
-            pages = sum(max(0, count - layer.dropped) for count in layer.counts)
-            codes = sum(size for name, (_, size) in layer.codec.sections.items() if not name.endswith("scales"))
-            parts["codes"] += pages * codes
-            parts["side_information"] += pages * (layer.codec.page_bytes - codes) + _bytes([layer.mean])
-            parts["slack"] += _bytes([layer.pages]) - pages * layer.codec.page_bytes
-            if layer.held is not None:
-                held, room = layer.held.bytes()
-                parts["side_information"] += held
-                parts["slack"] += room
-            parts["sinks"] += _bytes([layer.sink_k, layer.sink_v])
-            parts["recent"] += _bytes([layer.recent_k, layer.recent_v])
-        for table in self._distinct_tables():
-            starts = sum(table.counts) * 2 * table.half * 4
-            parts["side_information"] += starts
-            parts["tables"] += _bytes([table.rows, table.starts, table.relative]) - starts
-        parts["tables"] += _bytes([t for codec in self._codecs.values() for t in codec.tables])
-        parts["total"] = sum(parts.values())
-        return parts
+        return accounting.memory(self)
 
     def bits_per_value(self) -> float:
         """Bytes of the compressed tokens (codes and side information) x 8 / the key and value components they hold.
@@ -253,15 +288,4 @@ class SeqKVCache(capture.Listener, DynamicCache):
         Sinks, recent tokens and tables that do not grow with the sequence are not in it; `memory()` states them.
         NaN before the first page.
         """
-        parts, values = self.memory(), 0
-        for layer in self._coded():
-            if layer.is_initialized:
-                tokens = sum(max(0, count - layer.dropped) for count in layer.counts) * layer.codec.page_size
-                values += tokens * layer.codec.heads * (layer.codec.key_dim + layer.codec.value_dim)
-        return (parts["codes"] + parts["side_information"]) * 8 / values if values else math.nan
-
-
-def _bytes(tensors) -> int:
-    """Bytes of the distinct storages behind tensors."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
-    return sum(storages.values())
+        return accounting.bits_per_value(self)

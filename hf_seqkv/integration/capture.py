@@ -1,13 +1,14 @@
-"""What a cache's `update()` is not given: the attention mask (where a row begins) and the model's cosines and sines.
+"""What a cache's `update()` is not given: the attention mask (where a row begins), the model's cosines and sines, ids.
 
-A forward-pre-hook on every attention module notes both for the layer that is about to run, and one on the model the
-token ids. The hooks are put on a model
-the first time it is used with a `SeqKVCache`, do nothing for any other cache, and `uninstall()` removes them.
+A forward-pre-hook on every attention module notes the first two for the layer that is about to run, and one on the
+model without its head the token ids. The hooks are put on a model the first time it is used with a `SeqKVCache`, do
+nothing for any other cache, and `uninstall()` removes them.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import weakref
 from dataclasses import dataclass
@@ -133,6 +134,9 @@ class Listener:
     def note_ids(self, ids: torch.Tensor | None) -> None:
         """Called before a forward with its token ids `[B, Tq]`, None where it was given embeddings."""
 
+    def after_forward(self, hidden: torch.Tensor | None) -> None:
+        """Called after a forward with the last layer's normed output `[B, Tq, d]`, None where there is none."""
+
     def note(self, index: int, noted: Noted) -> None:
         """Called before layer `index` runs."""
         self._noted[index] = noted
@@ -158,10 +162,17 @@ def _before_attention(module, args, kwargs):
             return
 
 
-def _before_model(module, args, kwargs):
-    cache = kwargs.get("past_key_values")
+def _before_model(names: tuple[str, ...], module, args, kwargs):
+    given = dict(zip(names, args, strict=False)) | kwargs
+    cache = given.get("past_key_values")
     if isinstance(cache, Listener):
-        cache.note_ids(kwargs.get("input_ids", args[0] if args else None))
+        cache.note_ids(given.get("input_ids"))
+
+
+def _after_model(names: tuple[str, ...], module, args, kwargs, output):
+    cache = (dict(zip(names, args, strict=False)) | kwargs).get("past_key_values")
+    if isinstance(cache, Listener):
+        cache.after_forward(getattr(output, "last_hidden_state", None))
 
 
 _ATTACHED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -172,10 +183,16 @@ _FIRST_CALL = None
 def attach(model: torch.nn.Module, cache) -> None:
     """Hook the attention modules of the model that uses a cache; a second call does nothing."""
     _WAITING.discard(cache)
+    # Without its head: a hook that is put on a module while it is called is not part of that call.
+    model = getattr(model, "base_model", model)
     if model not in _ATTACHED:
         modules = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
         handles = [m.register_forward_pre_hook(_before_attention, with_kwargs=True) for m in modules]
-        _ATTACHED[model] = [*handles, model.register_forward_pre_hook(_before_model, with_kwargs=True)]
+        names = tuple(inspect.signature(model.forward).parameters)
+        before, after = (functools.partial(hook, names) for hook in (_before_model, _after_model))
+        handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(model.register_forward_hook(after, with_kwargs=True))
+        _ATTACHED[model] = handles
 
 
 def detach_all() -> None:

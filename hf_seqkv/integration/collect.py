@@ -45,12 +45,14 @@ def calibrate(
         The calibration; equal for equal inputs and seed on one machine.
 
     Raises:
-        ConfigError: Too little text, or bits outside the range.
+        ConfigError: Too little text, or bits or a share outside their range.
         UnsupportedModelError: A model whose layers cannot be coded.
     """
     for side, count in (("key", key_bits), ("value", value_bits)):
         if not 2 <= count <= 5 or count * 4 % 1:
             raise ConfigError(f"{side}_bits={count!r} is not from 2 to 5 in steps of a quarter")
+    if not 0 <= held < 1:
+        raise ConfigError(f"held={held!r} is not a share of the tokens from 0 to below 1; the default is 0.01")
     windows = token_windows(tokenizer, texts, tokens, window, seed)
     gathered = gather(model, windows, (key_bits, value_bits), sequence, seed, progress)
     profiles = PROFILES if sequence else {}
@@ -97,4 +99,7 @@ def fit(
         codec, report = fit_sequence(sample, gathered.sensitivities, using, progress)
         tensors |= sequence_tensors(codec, name)
         facts["sequence"][name] = {"base": codec.base, "predicts": codec.predicts, **report}
-    return SeqKVCalibration(tensors, facts, f"calibration of {config.model_type}")
+    made = SeqKVCalibration(tensors, facts, f"calibration of {config.model_type}")
+    if "full" in profiles and profiles["full"].prediction:
+        made.add_exact(sample, gathered.rows, progress)
+    return made

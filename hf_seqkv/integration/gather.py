@@ -64,6 +64,9 @@ class Gathered:
         self.sensitivities = [Sensitivity(bits) for _ in range(layers)]
         self.pages: list[list[list[torch.Tensor]]] = [[[], []] for _ in range(layers)]
         self.embedded: list[torch.Tensor] = []
+        self.rows: list[
+            torch.Tensor
+        ] = []  # of each layer, those of a window's pages, `[n, P, 2 * half]`: all are alike
 
     def add(self, taps: list[Tap], first: int) -> None:
         """Take a window; `first` is the length of its first part."""
@@ -87,6 +90,7 @@ class Gathered:
         """Keep a window's whole pages, and its tokens' embeddings `[T, d]`."""
         count = (len(embedded) - SINKS) // self.page
         span = slice(SINKS, SINKS + count * self.page)
+        self.rows = self.rows or [tap.rows[span].unflatten(0, (count, self.page)).cpu() for tap in taps]
         for tap, kept in zip(taps, self.pages, strict=True):
             for pages, x in zip(kept, (tap.plain_keys(), tap.values), strict=True):
                 pages.append(x[:, span].unflatten(1, (count, self.page)).transpose(0, 1).to("cpu", torch.float16))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 
+import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
@@ -105,6 +106,35 @@ def _swap(model, generation_config, model_kwargs) -> None:
     model_kwargs["past_key_values"] = cache
 
 
+def _prefill(original):
+    @functools.wraps(original)
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        prefixes = getattr(model_kwargs.get("past_key_values"), "prefixes", None)
+        if prefixes is None:
+            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if _ids_alone(generation_config, input_ids, model_kwargs):
+            # `original` runs the tokens that are not in the cache
+            prefixes.load(input_ids, model_kwargs.get("attention_mask"))
+        with prefixes.timed(input_ids.shape[1]):
+            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    _prefill.seqkv_original = original
+    return _prefill
+
+
+def _ids_alone(generation_config, input_ids, model_kwargs) -> bool:
+    """Whether what a prompt leaves in the cache depends on its token ids alone, and all of them are given."""
+    others = ("inputs_embeds", "token_type_ids", "pixel_values", "pixel_values_videos", "input_features")
+    if any(model_kwargs.get(name) is not None for name in others):
+        return False
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if mask is None:
+        if getattr(generation_config, "_mask_length", -1) != input_ids.shape[1]:
+            return False
+        mask = torch.ones_like(input_ids)
+    return positions is None or bool(((positions == mask.cumsum(-1) - 1) | (mask == 0)).all())
+
+
 def _batch(original):
     @functools.wraps(original)
     def generate_batch(self, *args, **kwargs):
@@ -121,4 +151,4 @@ def _batch(original):
     return generate_batch
 
 
-_PATCHES = {"_prepare_cache_for_generation": _prepare, "generate_batch": _batch}
+_PATCHES = {"_prepare_cache_for_generation": _prepare, "_prefill": _prefill, "generate_batch": _batch}

@@ -17,17 +17,18 @@ class Handle(torch.Tensor):
     """Keys (`side=0`) or values (`side=1`) of a `LayerView`, `[B, H, length - offset, D]`."""
 
     @staticmethod
-    def __new__(cls, view: LayerView, side: int, backend: str, dtype: torch.dtype):
+    def __new__(cls, view: LayerView, side: int, backend: str, dtype: torch.dtype, decoded: dict):
         run = view.recent.k if side == 0 else view.recent.v
         shape = (*run.shape[:2], view.length - view.offset, run.shape[3])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=run.device)
 
-    def __init__(self, view: LayerView, side: int, backend: str, dtype: torch.dtype):
-        self.view_, self.side, self.backend = view, side, backend
+    def __init__(self, view: LayerView, side: int, backend: str, dtype: torch.dtype, decoded: dict):
+        self.view_, self.side, self.backend, self.decoded = view, side, backend, decoded
 
     @classmethod
     def pair(cls, view: LayerView, backend: str, dtype: torch.dtype) -> tuple[Handle, Handle]:
-        return cls(view, 0, backend, dtype), cls(view, 1, backend, dtype)
+        decoded: dict[int, torch.Tensor] = {}  # pages of the side that nobody has asked for yet
+        return cls(view, 0, backend, dtype, decoded), cls(view, 1, backend, dtype, decoded)
 
     def attend(self, query, mask, scoring) -> torch.Tensor:
         """Attention over the codes, `[B, Tq, Hq, Dv]`; see `kernels.reference.attend_codes`."""
@@ -38,7 +39,14 @@ class Handle(torch.Tensor):
 
     def materialize(self) -> torch.Tensor:
         """The dense tensor, zeros where a row holds nothing (its padding)."""
-        return materialize(self.view_, self.side, self.dtype, self.backend)
+        view, paged = self.view_, None
+        if any(view.counts):
+            if self.side not in self.decoded:
+                chosen = select_backend(self.backend, view.codec, view.pages.device)
+                pages = view.pages[:, : max(view.counts)]
+                self.decoded |= dict(enumerate(chosen.decode_pages(view.codec, pages)))
+            paged = self.decoded.pop(self.side)
+        return materialize(view, self.side, self.dtype, paged)
 
     def __repr__(self, **kwargs):
         return f"Handle(shape={tuple(self.shape)}, side={'kv'[self.side]!r}, dtype={self.dtype})"
@@ -58,17 +66,14 @@ class Handle(torch.Tensor):
         return self.materialize().to(*args, **kwargs)
 
 
-def materialize(view: LayerView, side: int, dtype: torch.dtype, backend: str) -> torch.Tensor:
-    """Dense keys (`side=0`) or values of a view, `[B, H, length - offset, D]`."""
+def materialize(view: LayerView, side: int, dtype: torch.dtype, paged: torch.Tensor | None) -> torch.Tensor:
+    """Dense keys (`side=0`) or values of a view, `[B, H, length - offset, D]`; `paged` are its pages, decoded."""
     runs = [(run.k, run.v)[side] for run in (view.sinks, view.recent)]
     batch, heads, _, dim = runs[1].shape
     out = runs[1].new_zeros(batch, heads, view.length - view.offset, dim, dtype=dtype)
-    pages = max(view.counts, default=0)
-    if pages:
-        chosen = select_backend(backend, view.codec, view.pages.device)
-        paged = chosen.decode_pages(view.codec, view.pages[:, :pages])[side]
+    if paged is not None:
         if side == 0 and view.center is not None:
-            paged = paged + view.center.keys(0, pages)
+            paged = paged + view.center.keys(0, paged.shape[1])
         paged = paged.to(dtype).transpose(1, 2).flatten(2, 3)  # [B, H, N * P, D]
     for row in range(batch):
         if view.counts[row]:

@@ -48,6 +48,8 @@ class HeldTokens:
     def add(self, row: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, chosen: torch.Tensor) -> None:
         """Hold those `chosen [n]` of the tokens `k [H, n, Dk]`, `v [H, n, Dv]` at `slots [n]` of a row."""
         at = chosen.nonzero()[:, 0]
+        if len(at) == 0:
+            return
         k, v, slots = k[:, at], v[:, at], slots[at]
         begin, end = self.counts[row], self.counts[row] + len(slots)
         if end > self.slots.shape[1]:
@@ -70,6 +72,12 @@ class HeldTokens:
         """What a step reads; None where nothing is held."""
         most = max(self.counts)
         return SideTable(self.k[:, :, :most], self.v[:, :, :most], self.slots[:, :most]) if most else None
+
+    def between(self, row: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens of a row at slots `begin` to `end`: slots `[n]`, keys `[H, n, Dk]` and values `[H, n, Dv]` bf16."""
+        slots = self._slots(row)
+        at = ((slots >= begin) & (slots < end)).nonzero()[:, 0]
+        return slots[at], self.k[row][:, at], self.v[row][:, at]
 
     def keep(self, row: int, begin: int, end: int) -> None:
         """Forget tokens of a row outside slots `begin` to `end`."""

@@ -167,6 +167,29 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
             self._drop(self.counts)
             self.record_past = True
 
+    def _cropped(self, row: int, length: int) -> tuple[int, int]:
+        """Pages of a row after a crop, and the tokens of the next page whose codes remain."""
+        if length >= self._dense_slot(row):
+            kept = length - self._page_slot(row, self.counts[row])
+            return self.counts[row], max(0, min(self.kept[row], kept))
+        inside = max(0, length - self._page_slot(row, 0))
+        return inside // self.config.page_size, inside % self.config.page_size
+
+    def _unpage(self, length: int, plan) -> None:
+        """Move the tokens of cut pages back to the dense window."""
+        k, v = (h.materialize() for h in self._handles(None))
+        offset = self._offset()
+        for row, (count, kept) in enumerate(plan):
+            self.counts[row], self.kept[row] = count, max(0, kept)
+            if self.held is not None:
+                self.held.park(row, self._dense_slot(row))
+        base = max(offset, min(min(self._dense_slot(row) for row in range(len(plan))), length))
+        for name, x in (("recent_k", k), ("recent_v", v)):
+            fresh = x.new_empty(*x.shape[:2], max(length - base, self._capacity()), x.shape[3])
+            fresh[:, :, : length - base] = x[:, :, base - offset : length - offset]
+            setattr(self, name, fresh)
+        self.base = base
+
     def reset(self) -> None:
         self._clear()
 

@@ -32,6 +32,32 @@ def _plain(value):
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
+_WHOLE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def model_fingerprint(model: torch.nn.Module) -> bytes:
+    """32 bytes that tell apart models whose keys and values differ: all weights, their dtype, active adapters.
+
+    Of every tensor a sample of 256 numbers is read, and again whenever a weight was written to.
+    """
+    adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
+    state = model.state_dict(keep_vars=True)
+    written = (sum(x._version for x in state.values()), len(state), repr(adapters))
+    known, digest = _WHOLE.get(model, (None, None))
+    if known != written:
+        config = model.config.get_text_config(decoder=True)
+        hasher = hashlib.sha256(repr((sorted(model_facts(config).items()), adapters)).encode())
+        for name, tensor in sorted(state.items()):
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous()
+            hasher.update(
+                f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes()
+            )
+        digest = hasher.digest()
+        _WHOLE[model] = written, digest
+    return digest
+
+
 _FINGERPRINTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 

@@ -14,9 +14,9 @@ import torch
 
 from ..codec.center import Center, rotate
 from ..config import SeqKVConfig
-from ..errors import NonFiniteError
 from ..kernels.interface import DenseRun, LayerView, select_backend
 from .held import HeldTokens, important
+from .nonfinite import refuse_nonfinite
 
 ENCODE_PAGES = 64  # pages encoded at once: bounds the temporaries of a long prefill
 
@@ -110,13 +110,7 @@ class PagedTokens:
             at, end = max(0, self._dense_slot(rows[0]) - self.base), slot - self.base + due * size
             for name, x in zip(("keys", "values"), source, strict=True):
                 part = x[rows, :, at:end] if len(rows) < len(x) else x[:, :, at:end]
-                if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
-                    row, _, token, _ = (~torch.isfinite(part)).nonzero()[0].tolist()
-                    raise NonFiniteError(
-                        f"{name} of layer {self.index}, row {rows[row]}, token {token + at + self.base} are not "
-                        "finite and cannot be quantised; run the model in a wider dtype (bfloat16 or float32) or use "
-                        "method='dense'"
-                    )
+                refuse_nonfinite(part, name, self.index, rows, at + self.base)
         return [(rows, *key) for key, rows in groups.items()]
 
     def _flush(self, source, plan) -> None:
@@ -153,19 +147,20 @@ class PagedTokens:
         table = self.cache.table(self.index)
         if table is not None:
             starts = torch.stack([table.fix(row, first, last, slot) for row in rows])
-            if first == 0:
+            if first == 0 and self.mean is not None:
                 self._measure_mean([row for row in rows if not self.kept[row]], k, table, slot)
         begin = slot - self.base
         pages_k, pages_v = (
             x[pick, :, begin : begin + due * size].unflatten(2, (-1, size)).transpose(1, 2) for x in (k, v)
         )
         pages_k, pages_v = self.cache.before_pages(self.index, rows, first, slot, pages_k, pages_v)
-        skip = max(first, self.dropped)
+        recorder = self.cache.recorder  # wants pages too that have already left a sliding window
+        skip = max(first, self.dropped) if recorder is None else first
         for at in range(skip, last, ENCODE_PAGES):
             until = min(at + ENCODE_PAGES, last)
             keys, values = (x[:, at - first : until - first] for x in (pages_k, pages_v))
             center = None
-            if table is not None:
+            if self.mean is not None:
                 begins = starts[:, at - first : until - first]
                 center = Center(self.mean[pick], begins, table.relative, table.interleaved)
             pages = backend.encode_pages(self.codec, keys, values, center)
@@ -174,7 +169,13 @@ class PagedTokens:
             for i, row in enumerate(rows):
                 if at == first and self.kept[row]:
                     pages[i, 0] = self.codec.splice(self.pages[row, at - self.dropped], pages[i, 0], self.kept[row])
-            self.pages[pick, at - self.dropped : until - self.dropped] = pages
+            if recorder is not None:
+                recorder.add(self, rows, at, pages)
+            gone = max(0, self.dropped - at)
+            self.pages[pick, at + gone - self.dropped : max(0, until - self.dropped)] = pages[:, gone:]
+        if self.held is not None and skip < self.dropped:
+            for row in rows:
+                self.held.keep(row, self._page_slot(row, self.dropped), self.length)
         for row in rows:
             self.counts[row], self.kept[row] = last, 0
 
@@ -245,7 +246,7 @@ class PagedTokens:
         rows = range(len(self.counts))
         table = self.cache.table(self.index)
         center = None
-        if table is not None and table.relative is not None:
+        if self.mean is not None and table is not None and table.relative is not None:
             center = Center(self.mean, table.starts[:, self.dropped :], table.relative, table.interleaved)
         sinks = [0 if self.counts[row] and not self.dropped else self.config.n_sink for row in rows]
         return LayerView(
@@ -260,29 +261,6 @@ class PagedTokens:
             offset=self._offset(),
             side=None if self.held is None else self.held.table(),
         )
-
-    def _cropped(self, row: int, length: int) -> tuple[int, int]:
-        """Pages of a row after a crop, and the tokens of the next page whose codes remain."""
-        if length >= self._dense_slot(row):
-            kept = length - self._page_slot(row, self.counts[row])
-            return self.counts[row], max(0, min(self.kept[row], kept))
-        inside = max(0, length - self._page_slot(row, 0))
-        return inside // self.config.page_size, inside % self.config.page_size
-
-    def _unpage(self, length: int, plan) -> None:
-        """Move the tokens of cut pages back to the dense window."""
-        k, v = (h.materialize() for h in self._handles(None))
-        offset = self._offset()
-        for row, (count, kept) in enumerate(plan):
-            self.counts[row], self.kept[row] = count, max(0, kept)
-            if self.held is not None:
-                self.held.park(row, self._dense_slot(row))
-        base = max(offset, min(min(self._dense_slot(row) for row in range(len(plan))), length))
-        for name, x in (("recent_k", k), ("recent_v", v)):
-            fresh = x.new_empty(*x.shape[:2], max(length - base, self._capacity()), x.shape[3])
-            fresh[:, :, : length - base] = x[:, :, base - offset : length - offset]
-            setattr(self, name, fresh)
-        self.base = base
 
     def _select(self, index: torch.Tensor) -> None:
         """Keep rows of the batch by index, with repetition."""

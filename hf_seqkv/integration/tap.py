@@ -110,9 +110,14 @@ def _tap(layer: _TapLayer, gradients) -> Tap:
     return Tap(keys, values, torch.cat(rows, 1)[0].to(keys.device), layer.seen[0].layout.interleaved, gradients)
 
 
-def embed(model, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings of tokens, `[...]` to `[..., d]` fp32 on the CPU, of length `sqrt(d)` as a first layer sees them."""
+def embedding_rows(model, ids: torch.Tensor) -> torch.Tensor:
+    """What the model makes of tokens before its first layer, `[...]` to `[..., d]` fp32 on the CPU."""
     table = model.get_input_embeddings()
     with torch.no_grad():
-        found = table(ids.to(table.weight.device)).float().cpu()
+        return table(ids.to(table.weight.device)).float().cpu()
+
+
+def embed(model, ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings of tokens, `[...]` to `[..., d]` fp32 on the CPU, of length `sqrt(d)` as a first layer sees them."""
+    found = embedding_rows(model, ids)
     return found * torch.rsqrt(found.square().mean(-1, keepdim=True) + 1e-6)

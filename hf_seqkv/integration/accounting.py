@@ -1,0 +1,57 @@
+"""Bytes that a cache holds, by part, and what they come to for each value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .layer import SeqKVLayer
+
+
+def memory(cache) -> dict[str, int]:
+    """See `SeqKVCache.memory`."""
+    names = ("codes", "side_information", "sinks", "recent", "slack", "tables", "ids", "uncompressed")
+    parts = dict.fromkeys(names, 0)
+    for layer in cache.layers:
+        if not isinstance(layer, SeqKVLayer):
+            tensors = [x for x in vars(layer).values() if isinstance(x, torch.Tensor) and x.dim() > 0]
+            parts["uncompressed"] += _bytes(tensors)
+            continue
+        if not layer.is_initialized:
+            continue
+        pages = sum(max(0, count - layer.dropped) for count in layer.counts)
+        codes = sum(size for name, (_, size) in layer.codec.sections.items() if not name.endswith("scales"))
+        parts["codes"] += pages * codes
+        parts["side_information"] += pages * (layer.codec.page_bytes - codes) + _bytes([layer.mean])
+        parts["slack"] += _bytes([layer.pages]) - pages * layer.codec.page_bytes
+        if layer.held is not None:
+            held, room = layer.held.bytes()
+            parts["side_information"] += held
+            parts["slack"] += room
+        parts["sinks"] += _bytes([layer.sink_k, layer.sink_v])
+        parts["recent"] += _bytes([layer.recent_k, layer.recent_v])
+    for table in cache._distinct_tables():
+        starts = sum(table.counts) * 2 * table.half * 4
+        parts["side_information"] += starts
+        parts["tables"] += _bytes([table.rows, table.starts, table.relative]) - starts
+    parts["tables"] += _bytes([t for codec in cache._codecs.values() for t in codec.tables])
+    parts["ids"] = _bytes(cache._ids)
+    parts["total"] = sum(parts.values())
+    return parts
+
+
+def bits_per_value(cache) -> float:
+    """See `SeqKVCache.bits_per_value`."""
+    parts, values = memory(cache), 0
+    for layer in cache._coded():
+        if layer.is_initialized:
+            tokens = sum(max(0, count - layer.dropped) for count in layer.counts) * layer.codec.page_size
+            values += tokens * layer.codec.heads * (layer.codec.key_dim + layer.codec.value_dim)
+    return (parts["codes"] + parts["side_information"]) * 8 / values if values else math.nan
+
+
+def _bytes(tensors) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())

@@ -1,0 +1,264 @@
+"""`Prefixes`: what connects a cache with a prefix store.
+
+Before a prefill it loads what is stored of every row, after a forward it stores the pages that were made. A page is
+stored under its token ids and all before them, whatever row or request they came from: beams and rows of a batch that
+begin alike share pages, and a conversation's next turn finds those of the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..errors import ConfigError, FormatError, SeqKVError, SeqKVWarning
+from ..store.keys import page_key, scope_key
+from ..store.planner import PREFILL, Plan, plan
+from ..store.prefix_store import PrefixStore
+from . import records
+from .model_facts import model_fingerprint
+from .page_forms import PageForms
+from .recorder import Pages, Recorder
+from .refill import Row, fill, fill_decoded
+from .surprise import surprise
+from .tap import embed
+
+logger = logging.getLogger("hf_seqkv")
+PROFILE = "full"  # of the sequence codec, where pages are stored in that form
+
+
+@functools.cache
+def open_store(url: str) -> PrefixStore:
+    """The store at a URL, opened once in a process."""
+    return PrefixStore(url)
+
+
+class Prefixes:
+    """Loads and stores the pages of one cache.
+
+    Args:
+        cache: Empty, bound to `model`.
+        store: Or its URL.
+
+    Raises:
+        ConfigError: Pages of this cache have no such form as the store's.
+    """
+
+    def __init__(self, cache, model: torch.nn.Module, store: PrefixStore | str):
+        self.cache, self.model = cache, model
+        self.store = store if isinstance(store, PrefixStore) else open_store(str(store))
+        self.forms, self.sequence = PageForms(cache, model), None
+        self.plan: Plan | None = None  # of the last prefill
+        self.loaded = 0  # slots that were filled
+        dense = cache.seqkv_config.method == "dense"
+        self.form = self.store.form or ("hot" if dense else "exact")
+        if self.form == "exact" and dense:
+            raise ConfigError("form='exact' codes codes, of which method='dense' has none; take form='hot', or none")
+        if self.form == "sequence":
+            if cache.calibration is None:
+                raise ConfigError("form='sequence' needs calibration=...; give one, or take form='hot' or 'exact'")
+            self.sequence = cache.calibration.sequence_codec(PROFILE, self.store.preset)
+        cache.recorder = Recorder(cache, self.sequence)
+        cache.tracks_positions = True
+
+    def __deepcopy__(self, memo) -> Prefixes:
+        new = Prefixes.__new__(Prefixes)
+        new.__dict__ = self.__dict__ | {"cache": memo[id(self.cache)]}
+        return new
+
+    @functools.cached_property
+    def _options(self) -> str:
+        """What of the cache's options decides what pages hold."""
+        options = self.cache.seqkv_config.to_dict()
+        return repr(sorted(x for x in options.items() if x[0] not in ("prefix_store", "backend", "residual_length")))
+
+    @property
+    def scope(self) -> bytes:
+        """32 bytes of all but token ids that decides what pages hold."""
+        calibration, sequence = self.cache.calibration, self.sequence
+        return scope_key(
+            namespace=self.store.namespace,
+            model=model_fingerprint(self.model),
+            options=self._options if calibration is None else calibration.fingerprint.hex(),
+            windows=repr((self.cache.seqkv_config.n_sink, self.cache.seqkv_config.page_size)),
+            sequence=None if sequence is None else f"{sequence.fingerprint.hex()} {sequence.step}",
+        )
+
+    def _split(self, ids: Sequence[int]) -> list[list[int]]:
+        """Token ids of whole pages, from a row's first token on; the first page brings the sinks with it."""
+        config = self.cache.seqkv_config
+        ends = range(config.n_sink + config.page_size, len(ids) + 1, config.page_size)
+        return [list(ids[end - config.page_size if n else 0 : end]) for n, end in enumerate(ends)]
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def load(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> int:
+        """Load stored pages of all rows into the empty cache; returns the slots filled, 0 where nothing was found.
+
+        At least the last token is left to run.
+
+        Args:
+            ids: `[B, T]`.
+            mask: `[B, T]`, zeros for left padding.
+        """
+        starts = _starts(ids, mask)
+        if starts is None or self.cache.get_seq_length():
+            return 0
+        self.store.flush()
+        begun, scope, size = time.perf_counter(), self.scope, self.cache.seqkv_config.page_size
+        rows = [row[start:] for row, start in zip(ids.tolist(), starts, strict=True)]
+        pages = [self._split(row[:-1]) for row in rows]
+        known = {tuple(row): self.store.find(scope, split) for row, split in zip(rows, pages, strict=True)}
+        keys = [known[tuple(row)] for row in rows]
+        self.plan = plan(min(map(len, keys)), size, ids.shape[1], self.store.rates(), self.form)
+        logger.info("prefix store: %s", self.plan.why)
+        if not self.plan.load:
+            return 0
+        most = max(map(len, keys)) if self.plan.load == min(map(len, keys)) else self.plan.load
+        keys = [row[:most] for row in keys]
+        try:
+            self.loaded = self._fill(keys, starts, pages, ids.cpu())
+        except SeqKVError as error:
+            self.cache.reset()
+            warnings.warn(f"stored pages are prefilled instead: {error}", SeqKVWarning, stacklevel=2)
+            return 0
+        if self.loaded:
+            read = len({key for row in keys for key in row})
+            self.store.note_rate(self.form, read, time.perf_counter() - begun)
+        return self.loaded
+
+    def _fill(self, keys: list[list[bytes]], starts: list[int], pages: list[list[list[int]]], ids) -> int:
+        read = {key: self._read(key) for key in {key: None for row in keys for key in row}}
+        chains = [row[: next((n for n, key in enumerate(row) if read[key] is None), len(row))] for row in keys]
+        if not min(map(len, chains)):
+            return 0
+        tables = read[chains[0][0]].facts["tables"]
+        if any(starts) and not any(half for half, _ in tables):
+            return 0  # without RoPE nothing tells whether positions count from a row's first token
+        found = [Row(start, [read[key] for key in row]) for start, row in zip(starts, chains, strict=True)]
+        # Pages that rows share are decoded once; those of one sequence together, since its first page speaks for all.
+        size = self.cache.seqkv_config.page_size
+        tokens = {
+            key: page[-size:]
+            for row, split in zip(chains, pages, strict=True)
+            for key, page in zip(row, split, strict=False)  # a prompt has more pages than were found
+        }
+        members = {row[0]: list(dict.fromkeys(key for x in chains if x[0] == row[0] for key in x)) for row in chains}
+        made = {root: self._decode([read[key] for key in x], [tokens[key] for key in x]) for root, x in members.items()}
+        place = {key: n for x in members.values() for n, key in enumerate(x)}
+        at = [(row[0], torch.tensor([place[key] for key in row])) for row in chains]
+        if self.sequence is None:
+            return fill(self.cache, found, [[x[where] for x in made[root]] for root, where in at], ids)
+        layers = zip(*made.values(), strict=True)
+        decoded = (dict(zip(made, layer, strict=True)) for layer in layers)
+        pairs = ([[x[where] for x in layer[root]] for root, where in at] for layer in decoded)
+        return fill_decoded(self.cache, found, ids, pairs)
+
+    def _read(self, key: bytes) -> records.Record | None:
+        """A record, or None where it is gone or not one; then it is dropped."""
+        entry = self.store.get(key, self._limit())
+        if entry is None:
+            return None
+        try:
+            return records.read(entry.payload)
+        except FormatError:
+            self.store.drop(key)
+            raise
+
+    def _decode(self, found: list[records.Record], tokens: list[list[int]]):
+        """Of each layer payloads `[N, page_bytes]`, or keys before RoPE and values; `found` begins with the first."""
+        if self.sequence is None:
+            return self.forms.read(found, found[0], tokens)
+        if any(record.form != "sequence" for record in found):
+            raise FormatError("stored page is not of the sequence codec; drop it")
+        embedded = embed(self.model, torch.tensor(tokens)) if self.sequence.predicts else None
+        heads = [shape[0] for _, shape, _ in found[0].facts["layers"]]
+        return self.sequence.decode([x.tensors["codes"].numpy().tobytes() for x in found], embedded, heads)
+
+    def _limit(self) -> int:
+        """Bytes that no record can exceed: as many as dense pages in fp32, twice."""
+        windows, facts = self.cache.seqkv_config, self.cache.model_config.get_text_config(decoder=True)
+        width = max(facts.hidden_size, (getattr(facts, "head_dim", None) or 0) * facts.num_attention_heads)
+        return 16 * facts.num_hidden_layers * width * (windows.page_size + windows.n_sink) + (1 << 20)
+
+    @contextlib.contextmanager
+    def timed(self, tokens: int) -> Iterator[None]:
+        """Note how long the prefill of a prompt of `tokens` takes from what the cache holds on."""
+        held, begun = self.cache.get_seq_length(), time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        if tokens > held:
+            self.store.note_rate(PREFILL, tokens - held, time.perf_counter() - begun, context=held)
+
+    # -- storing -------------------------------------------------------------------------------------------------
+
+    def after_forward(self, hidden: torch.Tensor | None) -> None:
+        """Store, in the background, the pages that a forward made.
+
+        Args:
+            hidden: What the model's head reads, `[B, Tq, d]`.
+        """
+        found = self.cache.recorder.take()
+        if not found:
+            return
+        ids = self.cache.ids
+        if ids is None:
+            self._say("pages are not stored: the model was given embeddings, and pages are known by token ids")
+            return
+        facts, bits = records.facts_of(self.cache), surprise(self.model, hidden, ids)
+        starts = self.cache._coded()[0].start
+        for pages in found:
+            start = starts[pages.row]
+            if not self._counts_from_zero(pages.row, start):
+                self._say("pages are not stored: positions of their tokens do not count from the row's first token")
+                continue
+            tokens = self._split(ids[pages.row, start:].tolist())[: pages.first + len(pages.payloads[0])]
+            told = None if bits is None else (bits[0] - start, bits[1][pages.row])
+            self.store.submit(functools.partial(self._store, pages, tokens, facts, told))
+
+    def _say(self, what: str) -> None:
+        warnings.warn(what, SeqKVWarning, stacklevel=2)
+
+    def _counts_from_zero(self, row: int, start: int) -> bool:
+        """Whether a row's first token is at position 0, as far as RoPE tells."""
+        sinks = self.cache.seqkv_config.n_sink
+        tables = [table for table in self.cache._distinct_tables() if table.half]
+        for table in tables:
+            begin, turn = table.starts[row, 0], table.relative[min(sinks, len(table.relative) - 1)]
+            size = begin.unflatten(0, (2, -1)).square().sum(0).sqrt().repeat(2)
+            if sinks < len(table.relative) and not torch.allclose(begin, turn * size, atol=0.02):
+                return False
+        return bool(tables) or start == 0
+
+    def _store(self, pages: Pages, tokens: list[list[int]], facts, bits) -> None:
+        """Store pages of one row, whose token ids are the last of `tokens`."""
+        size, scope, parent = self.cache.seqkv_config.page_size, self.scope, b""
+        for page in tokens[: pages.first]:
+            parent = page_key(scope, parent, page)
+        mine = tokens[pages.first :]
+        bodies = self.forms.write(pages, self.form, [page[-size:] for page in mine], facts)
+        for n, payload in enumerate(records.write(pages, self.form, bodies, facts)):
+            end = self.cache.seqkv_config.n_sink + (pages.first + n + 1) * size
+            told = None if bits is None else bits[1][(bits[0] >= end - size) & (bits[0] < end)]
+            known = None if told is None or not len(told) else told.mean().item()
+            parent = self.store.put(scope, parent, mine[n], payload, form=self.form, bits=known)
+            if parent is None:
+                return
+
+
+def _starts(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int] | None:
+    """Slot of every row's first token; None where a mask is not just left padding."""
+    if mask is None:
+        return [0] * len(ids)
+    if mask.shape != ids.shape:
+        return None
+    real = mask.cpu() != 0
+    pads = (~real).sum(1)
+    plain = torch.arange(ids.shape[1]) >= pads[:, None]
+    return pads.tolist() if bool((real == plain).all()) else None

@@ -1,0 +1,92 @@
+"""The compiled kernel where processors, memory and pools of threads are others, and the sources it is compiled from."""
+
+import dataclasses
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import CASES, build
+from test_kernels import FP32, TOLERANCE, assert_close
+
+from hf_seqkv.kernels import cpu, reference
+from hf_seqkv.kernels.cpu import threads
+
+SCALAR = (
+    *("plain", "page of 64", "4 bits, page of 64", "3 bits, page of 64", "mixed widths, page of 64"),
+    *("center without rope", "8-bit scales", "everything"),
+)
+
+
+def test_processor_without_avx512():
+    """The same kernel compiled for a plain processor, in a process of its own."""
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["fp32", "vectors", str(len(SCALAR))]
+
+
+def check_scalar():
+    assert TOLERANCE["cpu"] == FP32
+    for name in SCALAR:
+        arguments = build(CASES[name])
+        assert_close(cpu.attend_codes(*arguments), reference.attend_codes(*arguments))
+    print(cpu.path(), len(SCALAR))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc fills freed memory on request, others do not")
+def test_freed_memory_is_not_read():
+    """Arrays are passed by address, where numba may free one too early: with freed memory overwritten it shows."""
+    env = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.perturb=85"}
+    result = subprocess.run([sys.executable, __file__, "perturbed"], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["perturbed", str(len(CASES))]
+
+
+def check_perturbed():
+    for case in CASES.values():
+        query, view, mask, scoring = build(case)
+        runs = {
+            name: dataclasses.replace(run, k=run.k.bfloat16(), v=run.v.bfloat16())
+            for name, run in (("sinks", view.sinks), ("recent", view.recent))
+        }
+        for seen in (view, dataclasses.replace(view, **runs)):
+            arguments = query, seen, mask, scoring
+            assert_close(cpu.attend_codes(*arguments), reference.attend_codes(*arguments), "cpu")
+    print("perturbed", len(CASES))
+
+
+def test_numbas_pool_gives_the_same(monkeypatch):
+    """Where torch has no pool that kernels can run on."""
+    arguments = build(CASES["many splits"])
+    expected = cpu.attend_codes(*arguments)
+    monkeypatch.setattr(threads, "torch_pool", lambda: None)
+    assert torch.equal(cpu.attend_codes(*arguments), expected)
+
+
+def sources(entry, seen=None):
+    """Kernel files that a file's compiled functions come from: what it imports, and what that imports."""
+    seen = set() if seen is None else seen
+    for name in re.findall(r"^ *from (?:\.(\w+) import|\. import (\w+)(?: as \w+)?$)", entry.read_text(), re.MULTILINE):
+        path = entry.with_name(f"{name[0] or name[1]}.py")
+        if path not in seen and path.name != "threads.py":
+            seen.add(path)
+            sources(path, seen)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["attend_worker.py", "encode_worker.py"])
+def test_compiled_code_is_of_these_sources(name):
+    """numba's cache looks at the entry file alone: `CALLS` changes it with what it calls, or old code would run."""
+    entry = Path(threads.__file__).with_name(name)
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources(entry)))).hexdigest()[:16]
+    assert f'CALLS = "{digest}"' in entry.read_text()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    check_perturbed() if "perturbed" in sys.argv else check_scalar()

@@ -1,0 +1,38 @@
+"""`seqkv bench store`: what it reports is what a store holds and gives."""
+
+import math
+
+import pytest
+from models import LOSSLESS, SMALL, prompt, tiny
+
+from hf_seqkv.errors import ConfigError
+from hf_seqkv.eval import bench_store
+
+
+def test_measure():
+    model, (ids, _) = tiny("llama"), prompt(1, 120)
+    found = bench_store.measure(model, ids, 100, ["hot", "exact"], SMALL, 0.01, progress=False)
+    pages = (100 - 4 - SMALL["residual_length"]) // SMALL["page_size"]
+    for form, facts in found["forms"].items():
+        assert facts["pages"] == pages
+        assert facts["bits_per_value"] == pytest.approx(8 * facts["bytes"] / (pages * 8 * 3 * 2 * 32))
+        assert 0 < facts["kl"] < 0.5
+        assert {f"{form}, warm", f"{form}, cold"} <= set(found["ways"])
+    assert found["forms"]["hot"]["kl"] == pytest.approx(found["forms"]["exact"]["kl"], rel=1e-6), "the same codes"
+    assert found["ways"]["DynamicCache"]["speedup"] == 1
+    assert all(math.isfinite(way["median"]) for way in found["ways"].values())
+    assert "exact, warm" in bench_store.table(found)
+
+
+def test_lossless_pages_give_the_same_predictions():
+    model, (ids, _) = tiny("llama"), prompt(1, 120)
+    found = bench_store.measure(model, ids, 100, ["hot"], LOSSLESS, 0.01, progress=False)
+    assert abs(found["forms"]["hot"]["kl"]) < 1e-5
+
+
+def test_what_cannot_be_measured_is_said():
+    model, (ids, _) = tiny("llama"), prompt(1, 120)
+    with pytest.raises(ConfigError, match="shorter"):
+        bench_store.measure(model, ids, 120, ["hot"], SMALL, 0.01, progress=False)
+    with pytest.raises(ConfigError, match="holds no page"):
+        bench_store.measure(model, ids, 10, ["hot"], SMALL, 0.01, progress=False)
