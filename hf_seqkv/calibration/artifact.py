@@ -68,11 +68,11 @@ class SeqKVCalibration:
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
-        """SHA-256 of all that decides what hot pages hold."""
+        """SHA-256 of all that decides what pages hold, and what they are stored as."""
         digest = hashlib.sha256(json.dumps([self.config[x] for x in ("scale_bits", "model")], sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):
-            if name.split(".")[0].isdecimal():
-                digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            if not name.startswith("texts."):
+                digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
         return digest.digest()
 
     # -- use -----------------------------------------------------------------------------------------------------
@@ -264,11 +264,6 @@ class SeqKVCalibration:
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise FormatError(f"{self.source}: tensor {name} is not finite")
-
-    @classmethod
-    def resolve(cls, calibration: str | Path | SeqKVCalibration) -> SeqKVCalibration:
-        """A calibration from what an option holds: itself, a directory or a repository."""
-        return calibration if isinstance(calibration, cls) else cls.from_pretrained(calibration)
 
     def push_to_hub(
         self,

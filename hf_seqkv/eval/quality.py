@@ -18,6 +18,7 @@ from ..calibration.overlap import LENGTH, TENSOR, overlap, shingles
 from ..config import SeqKVConfig
 from ..errors import ConfigError
 from ..integration.cache import SeqKVCache
+from ..integration.codecs import calibration_of
 from ..integration.sequence_cache import SequenceCache
 from .peers import PEERS, PeerCache
 from .perplexity import lockstep, pooled
@@ -91,7 +92,7 @@ def seqkv(**options) -> Method:
     if shared:
         raise ConfigError(f"{', '.join(shared)}: the same for every method; set it for all of them")
     if "calibration" in options:
-        options = options | {"calibration": SeqKVCalibration.resolve(options["calibration"])}
+        options = options | {"calibration": calibration_of(options["calibration"])}
     SeqKVConfig.from_dict(options)
 
     def make(config, kept):

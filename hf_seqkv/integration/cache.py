@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..calibration.artifact import SeqKVCalibration
 from ..codec.page import DensePageCodec, PageCodec, QuantizedPageCodec
 from ..codec.vector import VectorCodec
 from ..config import SeqKVConfig
 from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
 from . import accounting, capture
+from .codecs import calibration_of, kept
 from .layer import SeqKVLayer
 from .model_facts import model_facts, weights_fingerprint
 from .positions import PositionTable
@@ -55,7 +55,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
         capture.Listener.__init__(self)
         self.calibration = None
         if self.seqkv_config.method == "calibrated":
-            self.calibration = SeqKVCalibration.resolve(self.seqkv_config.calibration)
+            self.calibration = calibration_of(self.seqkv_config.calibration)
             self.calibration.check(model_facts(text_config))
         others = set()
         for index, layer in enumerate(self.layers):
@@ -135,7 +135,8 @@ class SeqKVCache(capture.Listener, DynamicCache):
             if config.method == "dense":
                 made = DensePageCodec(config.page_size, heads, key_dim, value_dim, dtype)
             elif config.method == "calibrated":
-                made = self.calibration.page_codec(index, heads, key_dim, value_dim, config.page_size)
+                shape = (index, heads, key_dim, value_dim, config.page_size)
+                made = kept(self.calibration, shape, lambda: self.calibration.page_codec(*shape))
             else:
                 same = {name: getattr(config, name) for name in ("rotation", "codebook", "scale", "scale_bits", "seed")}
                 sides = ((key_dim, config.key_bits), (value_dim, config.value_bits))

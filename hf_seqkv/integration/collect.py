@@ -57,6 +57,8 @@ def calibrate(
     gathered = gather(model, windows, (key_bits, value_bits), sequence, seed, progress)
     profiles = PROFILES if sequence else {}
     made = fit(model, gathered, (key_bits, value_bits), profiles, held if sequence else 0.0, progress)
+    if sequence:
+        made.add_exact(gathered.sample(), gathered.rows, progress)
     made.config |= {"seed": seed, "texts_sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     return made
 
@@ -99,7 +101,4 @@ def fit(
         codec, report = fit_sequence(sample, gathered.sensitivities, using, progress)
         tensors |= sequence_tensors(codec, name)
         facts["sequence"][name] = {"base": codec.base, "predicts": codec.predicts, **report}
-    made = SeqKVCalibration(tensors, facts, f"calibration of {config.model_type}")
-    if "full" in profiles and profiles["full"].prediction:
-        made.add_exact(sample, gathered.rows, progress)
-    return made
+    return SeqKVCalibration(tensors, facts, f"calibration of {config.model_type}")

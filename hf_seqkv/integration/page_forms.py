@@ -10,6 +10,7 @@ import torch
 from ..codec.exact import ExactCodec, Surroundings
 from ..codec.page import PageCodec
 from ..errors import FormatError
+from .codecs import kept
 from .recorder import Pages
 from .records import Record
 from .refill import Row
@@ -22,7 +23,6 @@ class PageForms:
 
     def __init__(self, cache, model: torch.nn.Module):
         self.cache, self.model = cache, model
-        self._exact: ExactCodec | None = None
 
     def write(self, pages: Pages, form: str, ids: Sequence[Sequence[int]], facts: dict[str, Any]) -> list[torch.Tensor]:
         """`codes` of every page's record.
@@ -84,11 +84,12 @@ class PageForms:
 
     def codec(self, facts: dict[str, Any]) -> ExactCodec:
         """The `exact` codec of layers of these shapes."""
-        if self._exact is None:
-            codecs = [codec.to("cpu") for codec in self._codecs(facts)]
-            calibration = self.cache.calibration
-            self._exact = ExactCodec(codecs, *(() if calibration is None else calibration.exact()))
-        return self._exact
+        codecs, calibration = self._codecs(facts), self.cache.calibration
+
+        def make() -> ExactCodec:
+            return ExactCodec([codec.to("cpu") for codec in codecs], *(calibration.exact() if calibration else ()))
+
+        return kept(calibration, tuple(codec.fingerprint for codec in codecs), make)
 
     def around(self, starts, relative, means, ids, facts) -> Surroundings:
         """What `exact` pages are predicted from.

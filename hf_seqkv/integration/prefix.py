@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..errors import ConfigError, FormatError, SeqKVError, SeqKVWarning
+from ..errors import ConfigError, FormatError, SeqKVWarning
 from ..store.keys import page_key, scope_key
 from ..store.planner import PREFILL, Plan, plan
 from ..store.prefix_store import PrefixStore
 from . import records
+from .codecs import kept
 from .model_facts import model_fingerprint
 from .page_forms import PageForms
 from .recorder import Pages, Recorder
@@ -55,6 +56,7 @@ class Prefixes:
         self.forms, self.sequence = PageForms(cache, model), None
         self.plan: Plan | None = None  # of the last prefill
         self.loaded = 0  # slots that were filled
+        self._said: set[str] = set()
         dense = cache.seqkv_config.method == "dense"
         self.form = self.store.form or ("hot" if dense else "exact")
         if self.form == "exact" and dense:
@@ -62,7 +64,8 @@ class Prefixes:
         if self.form == "sequence":
             if cache.calibration is None:
                 raise ConfigError("form='sequence' needs calibration=...; give one, or take form='hot' or 'exact'")
-            self.sequence = cache.calibration.sequence_codec(PROFILE, self.store.preset)
+            chosen = PROFILE, self.store.preset
+            self.sequence = kept(cache.calibration, chosen, lambda: cache.calibration.sequence_codec(*chosen))
         cache.recorder = Recorder(cache, self.sequence)
         cache.tracks_positions = True
 
@@ -123,9 +126,11 @@ class Prefixes:
         keys = [row[:most] for row in keys]
         try:
             self.loaded = self._fill(keys, starts, pages, ids.cpu())
-        except SeqKVError as error:
+        except Exception as error:  # whatever a stored page holds, the worst it does is a prefill
             self.cache.reset()
-            warnings.warn(f"stored pages are prefilled instead: {error}", SeqKVWarning, stacklevel=2)
+            for key in {key for row in keys for key in row}:
+                self.store.drop(key)
+            self._say(f"stored pages are dropped and prefilled instead: {error}")
             return 0
         if self.loaded:
             read = len({key for row in keys for key in row})
@@ -160,15 +165,9 @@ class Prefixes:
         return fill_decoded(self.cache, found, ids, pairs)
 
     def _read(self, key: bytes) -> records.Record | None:
-        """A record, or None where it is gone or not one; then it is dropped."""
+        """A record, or None where it is gone."""
         entry = self.store.get(key, self._limit())
-        if entry is None:
-            return None
-        try:
-            return records.read(entry.payload)
-        except FormatError:
-            self.store.drop(key)
-            raise
+        return None if entry is None else records.read(entry.payload)
 
     def _decode(self, found: list[records.Record], tokens: list[list[int]]):
         """Of each layer payloads `[N, page_bytes]`, or keys before RoPE and values; `found` begins with the first."""
@@ -223,7 +222,9 @@ class Prefixes:
             self.store.submit(functools.partial(self._store, pages, tokens, facts, told))
 
     def _say(self, what: str) -> None:
-        warnings.warn(what, SeqKVWarning, stacklevel=2)
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(what, SeqKVWarning, stacklevel=2)
 
     def _counts_from_zero(self, row: int, start: int) -> bool:
         """Whether a row's first token is at position 0, as far as RoPE tells."""

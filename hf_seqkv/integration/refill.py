@@ -144,22 +144,26 @@ def fill_decoded(cache, rows: Sequence[Row], ids: torch.Tensor, decoded: Iterabl
         table["counts"] = [0] * batch  # turns of pages are found again from the rows, as in a prefill
     tensors["ids"] = ids[:, :end]
     set_state(cache, tensors, {"dtype": facts["dtype"], "layers": layers, "tables": tables})
-    for at, (made, pairs) in enumerate(zip(layers, decoded, strict=True)):
-        layer, table = cache.layers[made["index"]], tables[made["table"]]
-        whole = []
-        for side in range(2):
-            first = sinks[0][at][side]
-            x = first.new_zeros(batch, first.shape[0], end, first.shape[2])
-            for i, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
-                begin = row.start + config.n_sink
-                tokens = pair[side].transpose(0, 1).flatten(1, 2)[:, : end - begin]
-                if side == 0:
-                    turn = angles[made["table"]][i, begin : begin + tokens.shape[1]]
-                    tokens = rotate(tokens, turn, table["interleaved"])
-                x[i, :, row.start : begin], x[i, :, begin:end] = sinks[i][at][side], tokens.to(dtype)
-            whole.append(x.to(layer.device))
-        layer.start, layer.length = [row.start for row in rows], end
-        layer._flush(whole, layer._plan(whole))
+    recorder, cache.recorder = cache.recorder, None  # these pages are known
+    try:
+        for at, (made, pairs) in enumerate(zip(layers, decoded, strict=True)):
+            layer, table = cache.layers[made["index"]], tables[made["table"]]
+            whole = []
+            for side in range(2):
+                first = sinks[0][at][side]
+                x = first.new_zeros(batch, first.shape[0], end, first.shape[2])
+                for i, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
+                    begin = row.start + config.n_sink
+                    tokens = pair[side].transpose(0, 1).flatten(1, 2)[:, : end - begin]
+                    if side == 0:
+                        turn = angles[made["table"]][i, begin : begin + tokens.shape[1]]
+                        tokens = rotate(tokens, turn, table["interleaved"])
+                    x[i, :, row.start : begin], x[i, :, begin:end] = sinks[i][at][side], tokens.to(dtype)
+                whole.append(x.to(layer.device))
+            layer.start, layer.length = [row.start for row in rows], end
+            layer._flush(whole, layer._plan(whole))
+    finally:
+        cache.recorder = recorder
     _trim(cache)
     return end
 

@@ -10,6 +10,7 @@ import math
 
 from ..calibration.artifact import SeqKVCalibration
 from .cache import SeqKVCache
+from .codecs import kept
 from .model_facts import model_facts
 from .sequence_pages import SequencePages
 
@@ -32,7 +33,7 @@ class SequenceCache(SeqKVCache):
         super().__init__(config, **{"method": "dense"} | options)
         calibration.check(model_facts(config.get_text_config(decoder=True)))
         self.tracks_positions = True
-        self.sequence = calibration.sequence_codec(profile, step)
+        self.sequence = kept(calibration, (profile, step), lambda: calibration.sequence_codec(profile, step))
         self.coder = SequencePages(self, self.sequence)
         self.stored: list[bytes] = []
         self._values = 0
