@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from exact_cases import make
@@ -12,6 +13,7 @@ from test_calibration import make as calibrated
 from hf_seqkv.calibration.artifact import SeqKVCalibration
 from hf_seqkv.calibration.exact_fit import Predictors
 from hf_seqkv.cli import main
+from hf_seqkv.codec import exact_part
 from hf_seqkv.codec.exact import ExactCodec
 from hf_seqkv.codec.exact_tables import ExactTables
 from hf_seqkv.errors import ConfigError, FormatError
@@ -101,3 +103,20 @@ def test_bench_needs_pages(calibration):
     ids = torch.arange(3, 60)
     with pytest.raises(ConfigError, match="makes no page"):
         bench_exact.measure(tiny("llama"), [ids], ids[None], calibration, {}, False, 1.0)
+
+
+def test_products_do_not_depend_on_how_torch_multiplies_float32():
+    """A program may allow narrower products for its own matrices; these stay whole."""
+    generator = np.random.default_rng(0)
+    x = generator.integers(-127, 128, (64, 700)).astype(np.float32)
+    weights = generator.integers(-80, 81, (700, 48)).astype(np.float32)
+    before = torch.get_float32_matmul_precision()
+    found = []
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            found.append(exact_part.product(x, weights))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert np.array_equal(found[0], x.astype(np.int64) @ weights.astype(np.int64))
+    assert np.array_equal(*found)

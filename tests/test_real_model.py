@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_seqkv import SeqKVCache, SeqKVConfig, calibrate
+from hf_seqkv import PrefixStore, SeqKVCache, SeqKVConfig, calibrate
 from hf_seqkv.eval import passages, smollm2
 from hf_seqkv.eval.measure import Run, measure_in_process
 from hf_seqkv.eval.perplexity import compare, teacher_forced_logits
+from hf_seqkv.integration import records
 from hf_seqkv.integration.sequence_cache import SequenceCache
 
 CONTEXT, SCORED = 1024, 2048
@@ -87,6 +88,29 @@ def test_sequence_codec_takes_two_fifths_of_the_bits_at_the_same_divergence(real
     quality = compare(dense, through(real, ids, cache), ids[0, CONTEXT:])
     assert cache.stored_bits_per_value() < 3.25 * 2 / 5
     assert quality.kl < published.kl
+
+
+def test_stored_prefixes_and_sessions(real, calibration, held_out, tmp_path):
+    """Loaded codes are those of the prefill; entropy-coded they take less, and a session goes on as if never saved."""
+    model, ids = real[0], held_out[0][:, : CONTEXT + 70]
+    codes, caches = {}, {}
+    for form in ("hot", "exact"):
+        with PrefixStore(tmp_path / form, form=form) as store:
+            for _ in range(2):
+                cache = SeqKVCache(config=model.config, calibration=calibration, prefix_store=store)
+                out = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+                store.flush()
+            assert cache.prefixes.loaded >= CONTEXT - 64
+            found = [records.read(store.get(entry.key, 1 << 30).payload) for entry in store.entries()]
+            codes[form], caches[form] = sum(len(x.tensors["codes"]) for x in found), (cache, out)
+    assert codes["exact"] < 0.65 * codes["hot"]
+    assert torch.equal(caches["hot"][1], caches["exact"][1])
+    cache, out = caches["exact"]
+    cache.save(tmp_path / "session")
+    woken = SeqKVCache.load(tmp_path / "session", model, calibration)
+    assert torch.equal(
+        *(model.generate(out, past_key_values=x, max_new_tokens=64, do_sample=False) for x in (cache, woken))
+    )
 
 
 def test_memory_at_4096_tokens():

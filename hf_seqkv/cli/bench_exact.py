@@ -60,7 +60,9 @@ def _run(args: argparse.Namespace) -> int:
     calibration = SeqKVCalibration.from_pretrained(args.calibration)
     model, tokenizer, description = load_model(args.model, args.gguf_file, args.dtype)
     ids = [token_windows(tokenizer, [text], args.tokens, args.tokens, 0)[0] for text in texts.values()]
-    windows = token_windows(tokenizer, [passages.read(FITTED)], args.fit_tokens, min(WINDOW, args.fit_tokens), 0)
+    window = min(WINDOW, args.fit_tokens)
+    count = args.fit_tokens // window * window
+    windows = token_windows(tokenizer, [passages.read(FITTED)], count, window, 0)
     found = bench_exact.measure(model, ids, windows, calibration, options, args.gains, args.seconds)
     result = {"command": args.command, "machine": bench_timing.machine(), "threads": torch.get_num_threads()}
     result |= {"model": description, "options": options, "texts": list(texts), "fit_tokens": windows.numel(), **found}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from .exact_coder import LANES
 from .exact_part import embedding_inputs, turns
 from .exact_payload import blank, close_payloads, open_payloads
 from .exact_predict import Nowhere, Place, Side
-from .exact_stream import Coding
+from .exact_stream import Coding, on_threads
 from .exact_tables import SIDES, ExactTables
 from .page import QuantizedPageCodec
 from .sequence_part import Part
@@ -35,7 +35,6 @@ from .sequence_part import Part
 MAGIC, VERSION = b"SKVX", 1
 _HEADER = struct.Struct("<4sHHHHI16sII")
 _CODED, _RAW = 0, 1
-_TOGETHER = 16  # pages coded at once: bounds the memory that takes
 
 
 @dataclass(frozen=True)
@@ -134,33 +133,37 @@ class ExactCodec:
         Args:
             pages: Payloads of each layer, `[N, page_bytes]` uint8.
         """
-        stored = []
-        for few, numbers, coding in self._encoded(pages, around):
+
+        def sealed(span: slice) -> list[bytes]:
+            few, numbers, coding = self._encoded(pages, around, span)
+            stored = []
             # Beside codes and scales there are zeros; a page where there are others is kept as it is.
             plain = [close_payloads(page, x) for page, x in zip(self.pages, numbers, strict=True)]
             for n, coded in enumerate(coding.streams()):
                 payload = b"".join(x[n].numpy().tobytes() for x in few)
                 whole = all(torch.equal(a[n], b[n]) for a, b in zip(few, plain, strict=True))
                 stored.append(self._seal(coded if whole else payload, payload))
-        return stored
+            return stored
+
+        return [page for stored in on_threads(sealed, len(pages[0])) for page in stored]
 
     def lengths(self, pages: Sequence[torch.Tensor], around: Surroundings) -> np.ndarray:
         """Bits that keys and values of each layer take in `N` pages, headers aside: `[layers, 2]` float64."""
         counts = [self._count(side) for pair in self.sides for side in pair]
-        found = np.zeros(len(counts))
-        for _, _, coding in self._encoded(pages, around):
-            bits = coding.bits().sum(0)
-            found += [x.sum() for x in np.split(bits, np.cumsum(counts)[:-1])]
-        return found.reshape(-1, 2)
 
-    def _encoded(self, pages: Sequence[torch.Tensor], around: Surroundings) -> Iterator[tuple]:
-        """Some pages at a time: their payloads, what is in them, and their streams."""
-        for span in _spans(len(pages[0])):
-            few = [x[span].cpu() for x in pages]
-            numbers = [open_payloads(page, x) for page, x in zip(self.pages, few, strict=True)]
-            coding = Coding.encoder(len(few[0]), sum(self._count(side) for pair in self.sides for side in pair))
-            self._run(numbers, around.part(span), coding)
-            yield few, numbers, coding
+        def taken(span: slice) -> list[float]:
+            bits = self._encoded(pages, around, span)[2].bits().sum(0)
+            return [x.sum() for x in np.split(bits, np.cumsum(counts)[:-1])]
+
+        return np.sum(on_threads(taken, len(pages[0])), 0).reshape(-1, 2)
+
+    def _encoded(self, pages: Sequence[torch.Tensor], around: Surroundings, span: slice) -> tuple:
+        """Some of the pages: their payloads, what is in them, and their streams."""
+        few = [x[span].cpu() for x in pages]
+        numbers = [open_payloads(page, x) for page, x in zip(self.pages, few, strict=True)]
+        coding = Coding.encoder(len(few[0]), sum(self._count(side) for pair in self.sides for side in pair))
+        self._run(numbers, around.part(span), coding)
+        return few, numbers, coding
 
     def _count(self, side: Side) -> int:
         """Symbols of a side of a page."""
@@ -175,7 +178,8 @@ class ExactCodec:
         opened = [self._unseal(page) for page in data]
         found = [torch.zeros(len(data), page.page_bytes, dtype=torch.uint8) for page in self.pages]
         coded = [n for n, (form, *_) in enumerate(opened) if form == _CODED]
-        for span in _spans(len(coded)):
+
+        def fill(span: slice) -> None:
             at = torch.tensor(coded[span])
             numbers = [blank(page, len(at)) for page in self.pages]
             coding = Coding.decoder([opened[n][1] for n in coded[span]])
@@ -183,6 +187,8 @@ class ExactCodec:
             coding.finish()
             for page, x, out in zip(self.pages, numbers, found, strict=True):
                 out[at] = close_payloads(page, x)
+
+        on_threads(fill, len(coded))
         for n, (form, body, crc) in enumerate(opened):
             if form == _RAW:
                 rest = torch.frombuffer(bytearray(body), dtype=torch.uint8)
@@ -277,10 +283,6 @@ class ExactCodec:
                 f"{fingerprint.hex()}); this one is {mine[:2]}, {self.fingerprint.hex()}"
             )
         return form, body, inner
-
-
-def _spans(count: int) -> list[slice]:
-    return [slice(at, min(at + _TOGETHER, count)) for at in range(0, count, _TOGETHER)]
 
 
 def _checksum(payloads: Iterable[torch.Tensor]) -> int:

@@ -112,8 +112,22 @@ def product(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Exact `x @ weights` of inputs `[n, F]` and weights `[F, W]`, integers in float32, as float64."""
     found = np.zeros((len(x), weights.shape[1]))
     for at, block in enumerate(_blocks(weights)):
-        found += x[:, at * BLOCK : at * BLOCK + len(block)] @ block
+        found += matmul(x[:, at * BLOCK : at * BLOCK + len(block)], block)
     return found
+
+
+def matmul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`x @ y` in their dtype at least, by torch: with as many threads as torch has where it is called."""
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    if x.dtype == torch.float32 and not _whole_float32():
+        x, y = x.double(), y.double()
+    return (x @ y).numpy()
+
+
+def _whole_float32() -> bool:
+    """Whether products of float32 are not allowed to be made of narrower ones."""
+    rule = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+    return torch.get_float32_matmul_precision() == "highest" if rule is None else rule in ("none", "ieee")
 
 
 def inputs(x: np.ndarray, center, step) -> np.ndarray:
@@ -175,7 +189,7 @@ class Transform:
     def _apply(self, x: np.ndarray, which: int, head: int) -> np.ndarray:
         unit = self.units[which, head] / _PRECISION
         matrix, scales = (t[head] for t in self.matrices[which])
-        return (np.clip(np.rint(x / unit), -_WIDE, _WIDE) @ matrix) * (scales * unit)
+        return matmul(np.clip(np.rint(x / unit), -_WIDE, _WIDE), matrix) * (scales * unit)
 
     def decode(self, head: int, codes: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Codes `[N, D, P]`, with what their scales stand for, `[N, P]`, to components `[N * P, D]` float64."""

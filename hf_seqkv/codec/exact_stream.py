@@ -1,9 +1,10 @@
-"""Streams of the exact codec while heads are coded one after the other, on several threads; see `exact.py`."""
+"""Streams of the exact codec while heads are coded one after the other, some pages a thread; see `exact.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from ..errors import FormatError
 from .exact_cells import TOTAL_BITS, interval_tables
 from .exact_coder import LANES, code_head, write
 from .exact_predict import Side
+
+TOGETHER = 8  # pages coded at once: bounds the memory that takes
+T = TypeVar("T")
 
 
 class Coding:
@@ -45,34 +49,32 @@ class Coding:
             FormatError: Words are missing.
         """
 
-        def some(span: slice) -> bool:
-            return code_head(
-                self.decoding,
-                codes[span],
-                scales[span],
-                side.wide,
-                means[span],
-                expected[span],
-                side.narrowness[head],
-                side.values,
-                side.inverse[head],
-                side.chain[head],
-                side.rows[head],
-                side.widths[head],
-                side.edges,
-                side.levels,
-                side.scale_edges,
-                interval_tables(),
-                adapts,
-                energy[span],
-                self.states[span],
-                self.words,
-                self.places[span],
-                self.entries[span],
-                self.at,
-            )
-
-        if not all(_on_threads(some, len(codes))):
+        enough = code_head(
+            self.decoding,
+            codes,
+            scales,
+            side.wide,
+            means,
+            expected,
+            side.narrowness[head],
+            side.values,
+            side.inverse[head],
+            side.chain[head],
+            side.rows[head],
+            side.widths[head],
+            side.edges,
+            side.levels,
+            side.scale_edges,
+            interval_tables(),
+            adapts,
+            energy,
+            self.states,
+            self.words,
+            self.places,
+            self.entries,
+            self.at,
+        )
+        if not enough:
             raise FormatError(
                 "exact page's words are fewer than its codes take: it is of other surroundings or damaged"
             )
@@ -98,11 +100,12 @@ class Coding:
             )
 
 
-def _on_threads(function: Callable[[slice], bool], count: int) -> list[bool]:
-    """Results for spans of `count` pages, one on each of torch's threads; none depends on which."""
-    threads = min(torch.get_num_threads(), count)
-    spans = [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
-    if threads == 1:
-        return [function(spans[0])]
-    with ThreadPoolExecutor(threads) as pool:
+def on_threads(function: Callable[[slice], T], count: int) -> list[T]:
+    """Results for spans of `count` pages, as many at once as torch has threads; none depends on how many."""
+    spans = [slice(at, min(at + TOGETHER, count)) for at in range(0, count, TOGETHER)]
+    threads = min(torch.get_num_threads(), len(spans))
+    if threads < 2:
+        return [function(span) for span in spans]
+    # Inside a span torch has one thread: its own waiting ones would take the processors from ours.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(function, spans))

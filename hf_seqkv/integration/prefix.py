@@ -58,9 +58,9 @@ class Prefixes:
         self.loaded = 0  # slots that were filled
         self._said: set[str] = set()
         dense = cache.seqkv_config.method == "dense"
-        self.form = self.store.form or ("hot" if dense else "exact")
+        self.form = self.store.form or "hot"  # the quickest to load
         if self.form == "exact" and dense:
-            raise ConfigError("form='exact' codes codes, of which method='dense' has none; take form='hot', or none")
+            raise ConfigError("form='exact' codes codes, of which method='dense' has none; take form='hot'")
         if self.form == "sequence":
             if cache.calibration is None:
                 raise ConfigError("form='sequence' needs calibration=...; give one, or take form='hot' or 'exact'")
