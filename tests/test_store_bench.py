@@ -1,10 +1,13 @@
 """`seqkv bench store`: what it reports is what a store holds and gives."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from models import LOSSLESS, SMALL, prompt, tiny
 
+from hf_seqkv.cli import main
 from hf_seqkv.errors import ConfigError
 from hf_seqkv.eval import bench_store
 
@@ -36,3 +39,18 @@ def test_what_cannot_be_measured_is_said():
         bench_store.measure(model, ids, 120, ["hot"], SMALL, 0.01, progress=False)
     with pytest.raises(ConfigError, match="holds no page"):
         bench_store.measure(model, ids, 10, ["hot"], SMALL, 0.01, progress=False)
+
+
+def _tokenizer(text, **options):
+    return SimpleNamespace(input_ids=[len(word) % 100 + 3 for word in text.split()])
+
+
+def test_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("hf_seqkv.cli.bench_store.load_model", lambda *_: (tiny("llama"), _tokenizer, "tiny"))
+    command = "bench store --tokens 80 --more 8 --forms hot --option page_size=8 --seconds 1 --json"
+    assert main(command.split()) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert result["prefix"] == 80
+    assert result["options"] == {"page_size": "8"}
+    assert "hot, warm" in err
