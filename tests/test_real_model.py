@@ -95,14 +95,14 @@ def test_stored_prefixes_and_sessions(real, calibration, held_out, tmp_path):
     model, ids = real[0], held_out[0][:, : CONTEXT + 70]
     codes, caches = {}, {}
     for form in ("hot", "exact"):
-        with PrefixStore(tmp_path / form, form=form) as store:
-            for _ in range(2):
-                cache = SeqKVCache(config=model.config, calibration=calibration, prefix_store=store)
-                out = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
-                store.flush()
-            assert cache.prefixes.loaded >= CONTEXT - 64
-            found = [records.read(store.get(entry.key, 1 << 30).payload) for entry in store.entries()]
-            codes[form], caches[form] = sum(len(x.tensors["codes"]) for x in found), (cache, out)
+        store = PrefixStore(tmp_path / form, form=form)
+        for _ in range(2):
+            cache = SeqKVCache(config=model.config, calibration=calibration, prefix_store=store)
+            out = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+            store.flush()
+        assert cache.prefixes.loaded >= CONTEXT - 64
+        found = [records.read(store.get(entry.key, 1 << 30).payload) for entry in store.entries()]
+        codes[form], caches[form] = sum(len(x.tensors["codes"]) for x in found), (cache, out)
     assert codes["exact"] < 0.65 * codes["hot"]
     assert torch.equal(caches["hot"][1], caches["exact"][1])
     cache, out = caches["exact"]
