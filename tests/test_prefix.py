@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from models import CONFIGS, LOSSLESS, SMALL, prompt, tiny
 from test_sequence_cache import calibration
 from transformers import AutoModelForCausalLM
@@ -205,6 +206,7 @@ def test_forms_that_a_cache_has_not(tmp_path):
 def test_a_url_will_do(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model, (ids, mask) = tiny("llama"), prompt(1, 61)
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
     for url in (str(tmp_path / "there"), "memory://prefixes"):
         for found in range(2):
             config = {**LOSSLESS, "prefix_store": url}

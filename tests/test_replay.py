@@ -212,5 +212,6 @@ def test_smollm2_takes_its_cross_entropy():
     loss = torch.nn.functional.cross_entropy(torch.stack(logits), tokens[1:], reduction="sum").item() / math.log(2)
     assert sum(30 - np.log2(lengths[1:])) == pytest.approx(loss, rel=1e-4)
     bits = 8 * (len(data) - MODEL_HEADER_BYTES - 4)  # of the state's 8 bytes 4 hold tokens
-    assert bits == pytest.approx(loss + math.log2(model.config.vocab_size), rel=0.01)
+    least = loss + math.log2(model.config.vocab_size)
+    assert 0.99 * least < bits < 1.01 * least + 32  # whole words
     assert torch.equal(unpack(data, model), tokens)

@@ -48,7 +48,7 @@ def measure(
     Returns:
         JSON types: for each of `ways` seconds (median, quartiles, mean) and `speedup` over transformers' own cache; for
         each of `forms` `pages`, `bytes`, `bits_per_value`, `write_seconds` and `kl`, nats a token by which predictions
-        of what follows the loaded pages differ from those after a dense prefill.
+        of what follows the prefix differ from those after a dense prefill.
 
     Raises:
         ConfigError: The prefix holds no page, or is the whole prompt; or a form cannot be had with these options.
@@ -56,7 +56,9 @@ def measure(
     """
     if not 0 < prefix < ids.shape[1]:
         raise ConfigError(f"a prefix of {prefix} tokens of a prompt of {ids.shape[1]}: it must be shorter")
-    expected = _logits(model, ids, DynamicCache(config=model.config))
+    # Predictions of what no form has loaded: the vocabulary is large.
+    last = ids.shape[1] - prefix
+    expected = _predictions(model, ids, DynamicCache(config=model.config), last)
     facts, calls = {}, {DENSE: lambda _: _first_token(model, ids), PREFILL: lambda _: _first_token(model, ids, options)}
     with tempfile.TemporaryDirectory(dir=directory) as made:
         for form in tqdm(forms, desc="store: write", unit="form", disable=not progress, leave=False):
@@ -82,7 +84,8 @@ def measure(
             woken = SeqKVCache(config=model.config.get_text_config(decoder=True), prefix_store=store, **options)
             woken.bind(model)
             filled = woken.prefixes.load(ids)
-            facts[form]["kl"] = _kl(expected[filled:], _logits(model, ids[:, filled:], woken))
+            found = _predictions(model, ids[:, filled:], woken, last)
+            facts[form]["kl"] = (expected.exp() * (expected - found)).sum(-1).mean().item()
             calls |= _loads(model, ids, options, store, Path(made, form))
         times = {name: spread(found) for name, found in interleaved(calls, 1, seconds * len(calls)).items()}
     dense = times[DENSE]["median"]
@@ -98,13 +101,9 @@ class _AlwaysLoaded(PrefixStore):
 
 
 @torch.no_grad()
-def _logits(model, ids: torch.Tensor, cache) -> torch.Tensor:
-    """Log-probabilities after each of `ids [1, T]`, `[T, V]`."""
-    return model(ids, past_key_values=cache).logits[0].float().log_softmax(-1)
-
-
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
-    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+def _predictions(model, ids: torch.Tensor, cache, last: int) -> torch.Tensor:
+    """Log-probabilities after each of the last tokens of `ids [1, T]`, `[last, V]`."""
+    return model(ids, past_key_values=cache, logits_to_keep=last).logits[0].float().log_softmax(-1)
 
 
 def _loads(model, ids, options, store: PrefixStore, folder: Path) -> dict[str, Callable]:
