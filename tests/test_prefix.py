@@ -164,15 +164,48 @@ def test_embeddings_are_not_stored(store):
     model, (ids, _) = tiny("llama"), prompt(1, 61)
     cache = SeqKVCache(config=model.config, prefix_store=store, **LOSSLESS)
     cache.bind(model)
-    with torch.no_grad(), pytest.warns(SeqKVWarning, match="given embeddings"):
+    with torch.no_grad(), pytest.warns(SeqKVWarning, match="something else"):
         model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
     assert store.stat()["entries"] == 0
 
 
-def test_positions_of_ones_own_are_not_stored(store):
+@pytest.mark.parametrize("gap", [0, 30])
+def test_positions_of_ones_own_are_not_stored(gap, store):
+    """Not those that begin elsewhere, nor those with a gap."""
     model, (ids, mask) = tiny("llama"), prompt(1, 61)
+    positions = torch.arange(61)[None]
+    positions[:, gap:] += 7
     with pytest.warns(SeqKVWarning, match="do not count from"):
-        generate(model, ids, mask, store, position_ids=torch.arange(7, 68)[None])
+        generate(model, ids, mask, store, position_ids=positions)
+    assert store.stat()["entries"] == 0
+
+
+def test_an_adapter_that_is_off_has_pages_of_its_own(store):
+    """A layer of peft says by attributes, not by weights, whether it is on."""
+    model, (ids, mask) = copy.deepcopy(tiny("llama")), prompt(1, 61)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.active_adapters, layer.disable_adapters = ["default"], False
+    generate(model, ids, mask, store)
+    layer.disable_adapters = True
+    assert loaded(generate(model, ids, mask, store)) == 0
+    layer.disable_adapters = False
+    assert loaded(generate(model, ids, mask, store)) > 0
+
+
+def test_weights_that_change_without_a_trace(store):
+    model, (ids, mask) = copy.deepcopy(tiny("llama")), prompt(1, 61)
+    generate(model, ids, mask, store)
+    model.lm_head.weight.data = model.lm_head.weight.data * 2
+    assert loaded(generate(model, ids, mask, store)) == 0
+
+
+def test_other_inputs_are_not_stored(store):
+    """What an image adds to its place holders is not in the token ids."""
+    model, (ids, _) = copy.deepcopy(tiny("llama")), prompt(1, 61)
+    cache = SeqKVCache(config=model.config, prefix_store=store, **LOSSLESS)
+    cache.bind(model)
+    with torch.no_grad(), pytest.warns(SeqKVWarning, match="something else"):
+        model(input_ids=ids, past_key_values=cache, pixel_values=torch.zeros(1, 3, 2, 2))
     assert store.stat()["entries"] == 0
 
 

@@ -132,7 +132,7 @@ class Listener:
         self._noted: dict[int, Noted] = {}
 
     def note_ids(self, ids: torch.Tensor | None) -> None:
-        """Called before a forward with its token ids `[B, Tq]`, None where it was given embeddings."""
+        """Called before a forward with its token ids `[B, Tq]`, None where it was given anything else to cache."""
 
     def after_forward(self, hidden: torch.Tensor | None) -> None:
         """Called after a forward with the last layer's normed output `[B, Tq, d]`, None where there is none."""
@@ -162,11 +162,16 @@ def _before_attention(module, args, kwargs):
             return
 
 
+# Inputs of a model beside its ids of which what it caches is no function, or one that the cache itself tells.
+_PLAIN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
+
+
 def _before_model(names: tuple[str, ...], module, args, kwargs):
     given = dict(zip(names, args, strict=False)) | kwargs
     cache = given.get("past_key_values")
     if isinstance(cache, Listener):
-        cache.note_ids(given.get("input_ids"))
+        more = {name for name, x in given.items() if not (x is None or isinstance(x, (bool, int, float, str)))}
+        cache.note_ids(given.get("input_ids") if more <= _PLAIN else None)
 
 
 def _after_model(names: tuple[str, ...], module, args, kwargs, output):
@@ -187,12 +192,22 @@ def attach(model: torch.nn.Module, cache) -> None:
     model = getattr(model, "base_model", model)
     if model not in _ATTACHED:
         modules = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        _forget_copies([*modules, model])
         handles = [m.register_forward_pre_hook(_before_attention, with_kwargs=True) for m in modules]
         names = tuple(inspect.signature(model.forward).parameters)
         before, after = (functools.partial(hook, names) for hook in (_before_model, _after_model))
         handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(model.register_forward_hook(after, with_kwargs=True))
         _ATTACHED[model] = handles
+
+
+def _forget_copies(modules: list[torch.nn.Module]) -> None:
+    """Remove hooks that a copy of a hooked model took along: what is noted twice counts twice."""
+    ours = (_before_attention, _before_model, _after_model)
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in ours]:
+                del hooks[key]
 
 
 def detach_all() -> None:

@@ -32,30 +32,24 @@ def _plain(value):
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
-_WHOLE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
 def model_fingerprint(model: torch.nn.Module) -> bytes:
     """32 bytes that tell apart models whose keys and values differ: all weights, their dtype, active adapters.
 
-    Of every tensor a sample of 256 numbers is read, and again whenever a weight was written to.
+    Of every tensor a sample of 256 numbers is read, each time: nothing tells for sure that a weight was not written to.
     """
-    adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
-    state = model.state_dict(keep_vars=True)
-    written = (sum(x._version for x in state.values()), len(state), repr(adapters))
-    known, digest = _WHOLE.get(model, (None, None))
-    if known != written:
-        config = model.config.get_text_config(decoder=True)
-        hasher = hashlib.sha256(repr((sorted(model_facts(config).items()), adapters)).encode())
-        for name, tensor in sorted(state.items()):
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous()
-            hasher.update(
-                f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes()
-            )
-        digest = hasher.digest()
-        _WHOLE[model] = written, digest
-    return digest
+    facts = sorted(model_facts(model.config.get_text_config(decoder=True)).items())
+    # Layers of peft: which adapters are on, and how strongly, is no weight.
+    adapters = [
+        (name, module.active_adapters, module.disable_adapters, getattr(module, "scaling", None))
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "disable_adapters", None), bool)
+    ]
+    digest = hashlib.sha256(repr((facts, adapters)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.digest()
 
 
 _FINGERPRINTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

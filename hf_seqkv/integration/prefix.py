@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..codec.center import expand_rows
 from ..errors import ConfigError, FormatError, SeqKVWarning
 from ..store.keys import page_key, scope_key
 from ..store.planner import PREFILL, Plan, plan
@@ -208,16 +209,19 @@ class Prefixes:
             return
         ids = self.cache.ids
         if ids is None:
-            self._say("pages are not stored: the model was given embeddings, and pages are known by token ids")
+            self._say(
+                "pages are not stored: they are known by token ids, and the model was given more, or something else"
+            )
             return
         facts, bits = records.facts_of(self.cache), surprise(self.model, hidden, ids)
         starts = self.cache._coded()[0].start
         for pages in found:
             start = starts[pages.row]
-            if not self._counts_from_zero(pages.row, start):
+            last = pages.first + len(pages.payloads[0])
+            if not self._counts_from_zero(pages.row, start, last):
                 self._say("pages are not stored: positions of their tokens do not count from the row's first token")
                 continue
-            tokens = self._split(ids[pages.row, start:].tolist())[: pages.first + len(pages.payloads[0])]
+            tokens = self._split(ids[pages.row, start:].tolist())[:last]
             told = None if bits is None else (bits[0] - start, bits[1][pages.row])
             self.store.submit(functools.partial(self._store, pages, tokens, facts, told))
 
@@ -226,14 +230,20 @@ class Prefixes:
             self._said.add(what)
             warnings.warn(what, SeqKVWarning, stacklevel=2)
 
-    def _counts_from_zero(self, row: int, start: int) -> bool:
-        """Whether a row's first token is at position 0, as far as RoPE tells."""
+    def _counts_from_zero(self, row: int, start: int, last: int) -> bool:
+        """Whether a row's tokens up to page `last` are at positions 0, 1, 2, ..., as far as RoPE tells."""
         sinks = self.cache.seqkv_config.n_sink
         tables = [table for table in self.cache._distinct_tables() if table.half]
         for table in tables:
             begin, turn = table.starts[row, 0], table.relative[min(sinks, len(table.relative) - 1)]
             size = begin.unflatten(0, (2, -1)).square().sum(0).sqrt().repeat(2)
             if sinks < len(table.relative) and not torch.allclose(begin, turn * size, atol=0.02):
+                return False
+            # Every page is the one before it, turned by its tokens; a page that is not of one run has no turn at all.
+            turned = expand_rows(
+                expand_rows(table.starts[row, : last - 1], table.relative[-1:])[:, 0], table.relative[1:2]
+            )
+            if not torch.allclose(table.starts[row, 1:last], turned[:, 0], atol=0.02 * size.max().item()):
                 return False
         return bool(tables) or start == 0
 
