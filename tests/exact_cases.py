@@ -7,9 +7,10 @@ import torch
 from hf_seqkv.calibration.exact_fit import Predictors, fit_exact
 from hf_seqkv.calibration.sequence_fit import Sample
 from hf_seqkv.codec.center import relative_table, rotate
-from hf_seqkv.codec.exact import ExactCodec, Surroundings
+from hf_seqkv.codec.exact import ExactCodec
 from hf_seqkv.codec.page import QuantizedPageCodec
 from hf_seqkv.codec.sequence_part import Part
+from hf_seqkv.codec.surroundings import Surroundings
 from hf_seqkv.codec.vector import VectorCodec
 
 EMBEDDED = 6
@@ -75,10 +76,7 @@ class Case:
         )
 
     def fit(self, using: Predictors = ALL):
-        interleaved = [layer.interleaved for layer in self.layers]
-        # every page is a window of its own, at the place of the first
-        rows = [rows[:1] for rows in self.rows]
-        return fit_exact(self.pages, self.parts, self.sample, rows, interleaved, using, progress=False)
+        return fit_exact(self.pages, self.payloads(), self.around(), self.parts, using, progress=False)
 
     def codec(self, using: Predictors | None = None) -> ExactCodec:
         if using is None:

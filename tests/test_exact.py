@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hf_seqkv.calibration.exact_fit import Predictors
-from hf_seqkv.codec.exact import ExactCodec, Surroundings
+from hf_seqkv.codec.exact import ExactCodec
 from hf_seqkv.codec.exact_cells import TOTAL, cells, interval_tables, normal_table
 from hf_seqkv.codec.exact_tables import ExactTables
 from hf_seqkv.codec.sequence_part import Part
+from hf_seqkv.codec.surroundings import Surroundings
 from hf_seqkv.errors import FormatError
 
 GOLDEN = Path(__file__).parent / "golden" / "exact.safetensors"

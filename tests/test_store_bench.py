@@ -10,6 +10,7 @@ from models import LOSSLESS, SMALL, prompt, tiny
 from hf_seqkv.cli import main
 from hf_seqkv.errors import ConfigError
 from hf_seqkv.eval import bench_store
+from hf_seqkv.integration import learned_tables
 
 
 def test_measure():
@@ -25,6 +26,15 @@ def test_measure():
     assert found["ways"]["DynamicCache"]["speedup"] == 1
     assert all(math.isfinite(way["median"]) for way in found["ways"].values())
     assert "exact, warm" in bench_store.table(found)
+
+
+def test_exact_pages_are_measured_with_tables(monkeypatch):
+    monkeypatch.setattr(learned_tables, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(learned_tables, "TOKENS_AN_INPUT", 0)
+    model, (ids, _) = tiny("llama"), prompt(1, 120)
+    found = bench_store.measure(model, ids, 100, ["hot", "exact"], SMALL, 0.01, others=[ids.flip(1)] * 2, progress=False)
+    assert found["forms"]["exact"]["tables"] > 1000
+    assert found["forms"]["exact"]["pages"] == found["forms"]["hot"]["pages"]
 
 
 def test_lossless_pages_give_the_same_predictions():

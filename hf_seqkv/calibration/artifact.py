@@ -29,7 +29,7 @@ from ..codec.sequence_part import Part
 from ..codec.symbol_tables import SymbolTables
 from ..codec.vector import VectorCodec
 from ..errors import CalibrationMismatchError, CalibrationNotFoundError, ConfigError, FormatError, SeqKVWarning
-from .exact_fit import fit_exact
+from .exact_fit import fit_exact, sampled_pages
 from .hub import CONFIG_NAME, TENSORS_NAME, download
 from .layout import PARTS, SEQUENCE_PARTS, SIDES, check_shapes
 from .sequence_fit import Sample
@@ -133,14 +133,14 @@ class SeqKVCalibration:
         return SequenceCodec(parts, *shared, made[profile]["base"], step)
 
     def add_exact(self, sample: Sample, rows: Sequence[torch.Tensor], progress: bool = True) -> None:
-        """Fit the tables of the exact codec to these hot pages; arguments as `fit_exact` has them."""
+        """Fit the tables of the exact codec to these hot pages; arguments as `sampled_pages` has them."""
         parts = self.sequence_codec("full").parts
         codecs = []
         for i in range(len(rows)):
             shapes = [self.tensors[f"{i}.{side}.std"].shape for side in SIDES]
             codecs.append(self.page_codec(i, shapes[0][0], shapes[0][1], shapes[1][1], sample.positions.shape[1]))
         interleaved = [layout[1] for layout in self.config["rope"]]
-        tables = fit_exact(codecs, parts, sample, rows, interleaved, progress=progress)
+        tables = fit_exact(codecs, *sampled_pages(codecs, sample, rows, interleaved), parts, progress=progress)
         self.tensors |= {f"exact.{name}": x for name, x in tables.tensors().items()}
 
     def exact(self) -> tuple[list[Part], ExactTables] | tuple[()]:

@@ -1,6 +1,6 @@
-"""From a sample of keys and values to the tables of the exact codec, for one kind of hot pages.
+"""From hot pages to the tables of the exact codec, for pages of their kind.
 
-Layers are fitted in the order in which they are coded, each on what the codec has of those before: their hot pages, as
+Layers are fitted in the order in which they are coded, each on what the codec has of those before: their pages, as
 decoded. The embedding's weights are those of a sequence codec; what it predicts from is coarser, so all other weights
 are fitted again, to what the embedding leaves.
 
@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..codec.center import rotate
+from ..codec.center import relative_table, rotate
 from ..codec.exact_part import BLOCK, HEAVIEST, PER_DEVIATION, ExactPart, Transform, embedding_inputs
-from ..codec.exact_predict import Nowhere, Place, Side, expected_size, scale_steps
+from ..codec.exact_payload import open_payloads
+from ..codec.exact_predict import Nowhere, Side, expected_size, scale_steps, scale_values
 from ..codec.exact_tables import ExactTables
 from ..codec.page import QuantizedPageCodec
 from ..codec.sequence_part import Part
+from ..codec.surroundings import Surroundings
 from ..errors import ConfigError
 from .regression import Regression
 from .sequence_fit import Sample
@@ -55,47 +57,39 @@ class Predictors:
 
 def fit_exact(
     pages: Sequence[QuantizedPageCodec],
+    payloads: Sequence[torch.Tensor],
+    around: Surroundings,
     parts: Sequence[Part] | None,
-    sample: Sample,
-    rows: Sequence[torch.Tensor],
-    interleaved: Sequence[bool],
     using: Predictors = Predictors(),
     progress: bool = True,
 ) -> ExactTables:
     """Fit tables.
 
     Args:
-        pages: Codec of each layer's hot pages.
+        pages: Codec of each layer.
+        payloads: Pages of each layer, `[N, page_bytes]` uint8.
+        around: What they are predicted from; as `ExactCodec.encode` has it.
         parts: Of a sequence codec that predicts; None only without `using.embedding`.
-        rows: Of each layer, cosines and sines of the pages of a window, `[n, P, 2 * half]`; the sample is of windows
-            that stand in the same places.
-        interleaved: How RoPE pairs components, by layer.
 
     Raises:
         ConfigError: The embedding is to be used, and nothing predicts from it.
     """
     if using.embedding and (parts is None or parts[0].predictor is None):
         raise ConfigError("the exact codec predicts from embeddings by a sequence codec's weights; give one of 'full'")
-    embedded = embedding_inputs(sample.embedded.float().flatten(0, 1).numpy())
-    regression = Regression(*sample.positions.shape)
-    count, window = len(sample.positions), len(rows[0])
-    firsts = torch.arange(count) // window * window
+    embedded = embedding_inputs(around.embedded.float().flatten(0, 1).cpu().numpy()) if using.embedding else None
+    regression = Regression(len(payloads[0]), pages[0].page_size)
     made: list[ExactPart] = []
     widths: list[int] = []
     given: dict[int, np.ndarray] = {}  # inputs of earlier parts
-    layers = tqdm(list(enumerate(pages)), desc="calibrate: exact codec", unit="layer", disable=not progress)
+    layers = tqdm(list(enumerate(pages)), desc="fit: exact codec", unit="layer", disable=not progress)
     for layer, page in layers:
-        plain = sample.keys[layer].float()
-        means = plain.mean(2)[firsts]  # [N, H, D]
-        angles = rows[layer].float().repeat(count // window, 1, 1)
-        keys = rotate(plain - means[:, :, None], angles[:, None], interleaved[layer])
-        place = _place(angles, interleaved[layer], means)
-        for i, (codec, x) in enumerate(((page.key, keys), (page.value, sample.values[layer].float()))):
+        numbers, place = open_payloads(page, payloads[layer].cpu()), around.place(layer)
+        for i, codec in enumerate((page.key.to("cpu"), page.value.to("cpu"))):
             index = 2 * layer + i
             names = _inputs(index)
             used = [n for n in names if (using.keys if n // 2 == layer else using.layers)]
             weights = _embedding_rows(parts[index], [widths[n] for n in names]) if using.embedding else None
-            fit = _PartFit(codec, x, place if i == 0 else Nowhere(), weights, embedded)
+            fit = _PartFit(codec, *numbers[2 * i : 2 * i + 2], place if i == 0 else Nowhere(), weights, embedded)
             fit.predict(regression, names, used, [given[n] for n in names])
             fit.sharpen(using.heads, using.components)
             made.append(fit.part)
@@ -108,17 +102,36 @@ def fit_exact(
     return ExactTables(made, using.embedding, using.adapts)
 
 
+def sampled_pages(
+    pages: Sequence[QuantizedPageCodec],
+    sample: Sample,
+    rows: Sequence[torch.Tensor],
+    interleaved: Sequence[bool],
+) -> tuple[list[torch.Tensor], Surroundings]:
+    """What `fit_exact` takes, as a cache makes it of the windows of a sample.
+
+    Args:
+        rows: Of each layer, cosines and sines of the pages of a window, `[n, P, 2 * half]`; the sample is of windows
+            that stand in the same places.
+        interleaved: How RoPE pairs components, by layer.
+    """
+    count, window = len(sample.positions), len(rows[0])
+    firsts = torch.arange(count) // window * window
+    payloads, starts, means = [], [], []
+    for layer, page in enumerate(pages):
+        plain, turned = sample.keys[layer].float(), rows[layer].float().repeat(count // window, 1, 1)
+        means.append(plain.mean(2)[firsts])
+        starts.append(turned[:, 0])
+        keys = rotate(plain - means[-1][:, :, None], turned[:, None], interleaved[layer])
+        payloads.append(page.encode(keys, sample.values[layer].float()))
+    relative = [relative_table(x[0].float()) for x in rows]
+    return payloads, Surroundings(sample.embedded, starts, relative, list(interleaved), means)
+
+
 def _inputs(index: int) -> list[int]:
     """Parts that a part is predicted from, in the order of `Context.inputs`."""
     first = index - index % 2
     return [n for n in (first - 2, first - 1, first - 4, first - 3) if n >= 0] + [first] * (index % 2)
-
-
-def _place(rows: torch.Tensor, interleaved: bool, means: torch.Tensor) -> Place:
-    flat = rows.flatten(0, 1).double().numpy()
-    half = flat.shape[1] // 2
-    tokens = means.double().numpy().repeat(rows.shape[1], axis=0)
-    return Place((flat[:, :half], flat[:, half:]), interleaved, tokens)
 
 
 def _embedding_rows(part: Part, widths: list[int]) -> torch.Tensor:
@@ -128,18 +141,18 @@ def _embedding_rows(part: Part, widths: list[int]) -> torch.Tensor:
 class _PartFit:
     """The tables of one part, as far as they are known."""
 
-    def __init__(self, codec, x: torch.Tensor, where, embedding: torch.Tensor | None, embedded: np.ndarray):
-        self.codec, self.where, self.embedding, self.embedded = codec, where, embedding, embedded
-        codes, scales = codec.encode(x)
-        self.codes = codes.numpy()
-        self.scales = scales.float().numpy()  # [N, H, P]
+    def __init__(self, codec, codes: np.ndarray, scales: np.ndarray, where, embedding: torch.Tensor | None, embedded):
+        self.codec, self.codes, self.where = codec, codes, where
+        self.embedding, self.embedded = embedding, embedded
+        self.scales = scale_values(codec.scale_bits == 16)[scales]  # [N, H, P]
         heads, dim = codec.heads, codec.dim
         width = heads * dim
+        x = codec.decode(torch.from_numpy(codes), torch.from_numpy(self.scales))
         sizes = [torch.from_numpy(self.scales).square().mean((0, 2)), x.square().mean((0, 2, 3))]
-        units = torch.stack(sizes).sqrt().clamp_min(1e-6).float()
+        units = torch.stack([size.float() for size in sizes]).sqrt().clamp_min(1e-6)
         transform = Transform(codec, units)
         self.raw = np.concatenate(
-            [where.to_plain(transform.decode(h, self.codes[:, h], self.scales[:, h]), h) for h in range(heads)], 1
+            [where.to_plain(transform.decode(h, codes[:, h], self.scales[:, h]), h) for h in range(heads)], 1
         )
         blank, ones = torch.zeros(width), torch.ones(width)
         self.part = ExactPart(
@@ -206,7 +219,7 @@ class _PartFit:
     def _head(self, head: int, predicted: np.ndarray, components: bool) -> tuple[torch.Tensor, ...]:
         """Chain, deviations and scale of a head."""
         unit = float(self.part.units[0, head])
-        values = self.scales[:, head].reshape(-1).astype(np.float64)
+        values = self.scales[:, head].reshape(-1)
         expected = self.side.transform.encode(head, self.where.to_cache(predicted, head))
         levels = self.side.transform.levels
         table = levels[head if len(levels) > 1 else 0][self.side.widths[head]]

@@ -17,6 +17,7 @@ from .options import (
 )
 
 FORMS = ("hot", "exact", "sequence")
+LEARNED_FROM, LEARNED_AT_ONCE = "jargon_file", 2048  # tables of `exact`, without a calibration: text, tokens a prompt
 
 
 def add(pieces) -> None:
@@ -53,8 +54,12 @@ def _run(args: argparse.Namespace) -> int:
     options = chosen_options(args)
     model, tokenizer, description = load_model(args.model, args.gguf_file, args.dtype)
     ids = passages.held_out(tokenizer, args.tokens + args.more)
+    others = ()
+    if "exact" in args.forms and "calibration" not in options:
+        text = torch.tensor(tokenizer(passages.read(LEARNED_FROM), verbose=False)["input_ids"])
+        others = [x[None] for x in text.split(LEARNED_AT_ONCE)]
     result = {"command": args.command, "machine": bench_timing.machine(), "threads": torch.get_num_threads()}
     result |= {"model": description, "options": {name: str(value) for name, value in options.items()}}
-    result |= bench_store.measure(model, ids, args.tokens, list(args.forms), options, args.seconds, args.directory)
+    result |= bench_store.measure(model, ids, args.tokens, list(args.forms), options, args.seconds, args.directory, others)
     show(args, bench_store.table(result), result)
     return 0

@@ -17,57 +17,24 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..errors import FormatError
 from .exact_coder import LANES
-from .exact_part import embedding_inputs, turns
+from .exact_part import embedding_inputs
 from .exact_payload import blank, close_payloads, open_payloads
-from .exact_predict import Nowhere, Place, Side
+from .exact_predict import Nowhere, Side
 from .exact_stream import Coding, on_threads
 from .exact_tables import SIDES, ExactTables
 from .page import QuantizedPageCodec
 from .sequence_part import Part
+from .surroundings import Surroundings
 
 MAGIC, VERSION = b"SKVX", 1
 _HEADER = struct.Struct("<4sHHHHI16sII")
 _CODED, _RAW = 0, 1
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What `N` pages are predicted from, besides their codes; encoding and decoding need the same, to the bit.
-
-    Args:
-        embedded: Rows of the model's input embedding, as the weights have them, `[N, P, E]` fp32; None for a codec that
-            does not predict.
-        starts: Of each layer, cosines and sines of each page's first token, `[N, 2 * half]` fp32; `half` is 0 without
-            RoPE.
-        relative: Of each layer, `center.relative_table`, `[P, 2 * half]` fp32.
-        interleaved: Of each layer, how RoPE pairs components.
-        means: Of each layer, the constant part of the keys before RoPE, `[N, H, Dk]` fp32, zeros where none is removed.
-    """
-
-    embedded: torch.Tensor | None
-    starts: list[torch.Tensor]
-    relative: list[torch.Tensor]
-    interleaved: list[bool]
-    means: list[torch.Tensor]
-
-    def part(self, span: slice | torch.Tensor) -> Surroundings:
-        """Of some of the pages; what is empty stays so."""
-        embedded = None if self.embedded is None else self.embedded[span]
-        starts, means = ([x[span] if len(x) else x for x in group] for group in (self.starts, self.means))
-        return Surroundings(embedded, starts, self.relative, self.interleaved, means)
-
-    def place(self, layer: int) -> Place:
-        rows = turns(self.starts[layer], self.relative[layer])
-        tokens = len(self.relative[layer])
-        means = self.means[layer].double().cpu().numpy().repeat(tokens, axis=0)
-        return Place(rows, self.interleaved[layer], means)
 
 
 class ExactCodec:
@@ -93,10 +60,10 @@ class ExactCodec:
         self.pages, self.tables = [page.to("cpu") for page in pages], tables
         self.page_size = pages[0].page_size
         self.predicts = tables is not None
-        self._embeds = self.predicts and tables.embedded
+        self.embeds = self.predicts and tables.embedded
         if self.predicts:
             tables.check(pages)
-        if self._embeds and (parts is None or len(parts) != 2 * len(pages) or parts[0].predictor is None):
+        if self.embeds and (parts is None or len(parts) != 2 * len(pages) or parts[0].predictor is None):
             raise FormatError(
                 "the exact tables need the parts of a sequence codec of these layers that predicts; give those of "
                 "profile 'full', or no tables"
@@ -106,7 +73,7 @@ class ExactCodec:
             pair = []
             for i, codec in enumerate((page.key, page.value)):
                 part = tables.parts[2 * layer + i] if self.predicts else None
-                rows = parts[2 * layer + i].predictor if self._embeds else None
+                rows = parts[2 * layer + i].predictor if self.embeds else None
                 rows = None if rows is None else rows[: len(rows) - len(part.weights)]
                 pair.append(Side(codec, part, rows, f"{layer}.{SIDES[i]}"))
             self.sides.append(tuple(pair))
@@ -206,7 +173,7 @@ class ExactCodec:
         pages = len(numbers[0][0])
         tokens = pages * self.page_size
         embedded = []
-        if self._embeds:
+        if self.embeds:
             if around.embedded is None:
                 raise ValueError("this codec predicts from the tokens' embeddings, Surroundings.embedded is None")
             embedded = [embedding_inputs(around.embedded.float().cpu().flatten(0, 1).numpy())]

@@ -42,7 +42,7 @@ class Side:
             cells(tables, np.arange(len(tables)) % 9),
         )
         self.scale_edges = scale_cells()
-        self.values = _scale_values(self.wide)
+        self.values = scale_values(self.wide)
         if part is None:
             self.values = np.ones_like(self.values)
             self.inverse = np.full((self.heads, self.dim), ONE)
@@ -142,7 +142,7 @@ def scale_steps(sizes: np.ndarray, wide: bool) -> np.ndarray:
     return (bits >> 12 if wide else (bits >> 16) - 16 * BIAS).astype(np.float64)
 
 
-def _scale_values(wide: bool) -> np.ndarray:
+def scale_values(wide: bool) -> np.ndarray:
     """What every stored scale stands for, float64; 0 for infinity, and for what is not a scale."""
     if wide:
         found = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)

@@ -15,7 +15,7 @@ from .page import QuantizedPageCodec
 SIDES = ("key", "value")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExactTables:
     """Keys' and values' tables of every layer, in the order in which layers run.
 

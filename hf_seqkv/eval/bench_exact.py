@@ -13,13 +13,12 @@ from tqdm.auto import tqdm
 
 from ..calibration.artifact import SIDES, SeqKVCalibration
 from ..calibration.exact_fit import Predictors, fit_exact
-from ..calibration.sequence_fit import Sample
-from ..codec.exact import ExactCodec, Surroundings
+from ..codec.exact import ExactCodec
 from ..codec.page import QuantizedPageCodec
+from ..codec.surroundings import Surroundings
 from ..errors import ConfigError, SeqKVError
 from ..integration.cache import SeqKVCache
-from ..integration.gather import Gathered
-from ..integration.tap import embed, embedding_rows, run_window
+from ..integration.tap import embedding_rows
 from .bench_timing import interleaved, spread
 
 ALONE, EVERYTHING = "codebooks alone", "everything"
@@ -65,7 +64,8 @@ def measure(
     runs = [_run(model, x, options) for x in ids]
     codecs = runs[0][0]
     parts = calibration.sequence_codec("full").parts
-    sample, rows, interleaving = _sample(model, windows, codecs[0].page_size)
+    _, fitted, beside = zip(*(_run(model, x, options) for x in windows), strict=True)
+    fitted, beside = [torch.cat(x) for x in zip(*fitted, strict=True)], Surroundings.joined(beside)
     variants = {ALONE: None, **(GAINS if gains else {}), EVERYTHING: Predictors()}
     values = sum(len(pages[0]) * sum(_values(codec) for codec in codecs) for _, pages, _ in runs)
     hot = sum(8 * x.numel() for _, pages, _ in runs for x in pages) / values
@@ -73,7 +73,7 @@ def measure(
     for name, using in tqdm(variants.items(), desc="exact", unit="variant", disable=not progress, leave=False):
         codec = ExactCodec(codecs)
         if using is not None:
-            tables = fit_exact(codecs, parts, sample, rows, interleaving, using, progress)
+            tables = fit_exact(codecs, fitted, beside, parts, using, progress)
             codec = ExactCodec(codecs, parts, tables)
         stored = [codec.encode(pages, around) for _, pages, around in runs]
         for data, (_, pages, around) in zip(stored, runs, strict=True):
@@ -130,16 +130,6 @@ def _run(model, ids: torch.Tensor, options: dict[str, Any]) -> tuple[list, list[
         [layer.mean[0].cpu().expand(count, -1, -1) for layer in layers],
     )
     return codecs, [layer.pages[0, :count].cpu() for layer in layers], around
-
-
-def _sample(model, windows: torch.Tensor, size: int) -> tuple[Sample, list[torch.Tensor], list[bool]]:
-    """What tables are fitted to: keys and values of windows, their rows, and how RoPE pairs components."""
-    layers = list(range(model.config.get_text_config(decoder=True).num_hidden_layers))
-    gathered = Gathered(len(layers), size, windows, (4.0, 4.0))
-    for window in windows:
-        taps = run_window(model, window, layers, windows.shape[1] // 2, None)
-        gathered.keep(taps, embed(model, window))
-    return gathered.sample(), gathered.rows, [tap.interleaved for tap in taps]
 
 
 def table(result: dict) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def measure(
     options: dict[str, Any],
     seconds: float,
     directory: Path | None = None,
+    others: Sequence[torch.Tensor] = (),
     progress: bool = True,
 ) -> dict:
     """Time the first token of a prompt.
@@ -44,11 +45,14 @@ def measure(
         options: Fields of `SeqKVConfig`.
         seconds: For each way.
         directory: Where stores are made, for a while; a temporary one if None.
+        others: Other prompts, `[1, T]`: the store of the form `exact` gets one after the other until it has tables, as
+            a store in use has them.
 
     Returns:
         JSON types: for each of `ways` seconds (median, quartiles, mean) and `speedup` over transformers' own cache; for
         each of `forms` `pages`, `bytes`, `bits_per_value`, `write_seconds` and `kl`, nats a token by which predictions
-        of what follows the prefix differ from those after a dense prefill.
+        of what follows the prefix differ from those after a dense prefill; of `exact` also `tables`, the bytes of those
+        that were learned, which are in no other figure.
 
     Raises:
         ConfigError: The prefix holds no page, or is the whole prompt; or a form cannot be had with these options.
@@ -63,11 +67,13 @@ def measure(
     with tempfile.TemporaryDirectory(dir=directory) as made:
         for form in tqdm(forms, desc="store: write", unit="form", disable=not progress, leave=False):
             store = _AlwaysLoaded(Path(made, form), form=form)
+            tables = _teach(model, options, store, others) if form == "exact" else 0
+            known = store.stat()
             begun = time.perf_counter()
             cache = _first_token(model, ids[:, :prefix], options, store)
             first = time.perf_counter()
             store.flush()
-            found = store.stat()
+            found = {name: store.stat()[name] - known[name] for name in ("entries", "bytes")}
             if not found["entries"]:
                 raise ConfigError(f"a prefix of {prefix} tokens holds no page; take a longer one")
             values = found["entries"] * sum(
@@ -81,6 +87,8 @@ def measure(
                 "prefill_seconds": first - begun,
                 "write_seconds": time.perf_counter() - first,
             }
+            if tables:
+                facts[form]["tables"] = tables
             woken = SeqKVCache(config=model.config.get_text_config(decoder=True), prefix_store=store, **options)
             woken.bind(model)
             filled = woken.prefixes.load(ids)
@@ -91,6 +99,17 @@ def measure(
     dense = times[DENSE]["median"]
     ways = {name: time | {"speedup": dense / time["median"]} for name, time in times.items()}
     return {"tokens": ids.shape[1], "prefix": prefix, "ways": ways, "forms": facts}
+
+
+def _teach(model, options: dict[str, Any], store: PrefixStore, others: Sequence[torch.Tensor]) -> int:
+    """Store prompts until tables are learned of their pages; returns the bytes these take."""
+    for ids in others:
+        _first_token(model, ids, options, store)
+        store.flush(slow=True)
+        for entry in store.entries():
+            if entry.form == "tables":
+                return entry.bytes
+    return 0
 
 
 class _AlwaysLoaded(PrefixStore):

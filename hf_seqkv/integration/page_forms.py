@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..codec.exact import ExactCodec, Surroundings
+from ..codec.exact import ExactCodec
 from ..codec.page import PageCodec
+from ..codec.surroundings import Surroundings
 from ..errors import FormatError
 from .codecs import kept
+from .learned_tables import LearnedTables
 from .recorder import Pages
 from .records import Record
 from .refill import Row
@@ -19,10 +21,15 @@ from .tap import embedding_rows
 
 
 class PageForms:
-    """For the pages of one cache; its model gives the embeddings that `exact` predicts from."""
+    """For the pages of one cache.
 
-    def __init__(self, cache, model: torch.nn.Module):
-        self.cache, self.model = cache, model
+    Args:
+        model: Gives the embeddings that `exact` predicts from.
+        learned: Gives tables for `exact` where the cache's calibration has none; None leaves it to codebooks alone.
+    """
+
+    def __init__(self, cache, model: torch.nn.Module, learned: Callable[[], LearnedTables] | None = None):
+        self.cache, self.model, self.learned = cache, model, learned
 
     def write(self, pages: Pages, form: str, ids: Sequence[Sequence[int]], facts: dict[str, Any]) -> list[torch.Tensor]:
         """`codes` of every page's record.
@@ -64,7 +71,9 @@ class PageForms:
         if coded:
             halves = [half for half, _ in facts["tables"]]
             row = Row(0, [root, *(records[n] for n in coded)])
-            means = [x.expand(len(coded), *x.shape) for x in row.means(facts["layers"])]
+            means = [torch.empty(0)] * len(codecs)
+            if self.cache.centers_keys:
+                means = [x.expand(len(coded), *x.shape) for x in row.means(facts["layers"])]
             starts = [x[1:] for x in row.starts(halves)]
             relative = row.relative(halves, self.cache.seqkv_config.page_size)
             around = self.around(starts, relative, means, [ids[n] for n in coded], facts)
@@ -84,12 +93,24 @@ class PageForms:
 
     def codec(self, facts: dict[str, Any]) -> ExactCodec:
         """The `exact` codec of layers of these shapes."""
-        codecs, calibration = self._codecs(facts), self.cache.calibration
+        codecs, calibration, tables = self._codecs(facts), self.cache.calibration, None
+        fitted = calibration is not None and "exact.flags" in calibration.tensors
+        if not fitted and self.learned is not None:
+            tables = self.learned().find(codecs)
 
         def make() -> ExactCodec:
-            return ExactCodec([codec.to("cpu") for codec in codecs], *(calibration.exact() if calibration else ()))
+            given = calibration.exact() if fitted else (None, tables)
+            return ExactCodec([codec.to("cpu") for codec in codecs], *given)
 
-        return kept(calibration, tuple(codec.fingerprint for codec in codecs), make)
+        return kept(tables or calibration, tuple(codec.fingerprint for codec in codecs), make)
+
+    def learn(self, pages: Pages, facts: dict[str, Any]) -> None:
+        """Learn from pages how to predict such, where nothing does yet."""
+        assert self.learned is not None
+        count = len(pages.payloads[0])
+        means = [torch.empty(0) if x is None else x.expand(count, *x.shape) for x in pages.means]
+        around = self.around(pages.starts, pages.relative, means, None, facts)
+        self.learned().add(self._codecs(facts), [x.cpu() for x in pages.payloads], around)
 
     def around(self, starts, relative, means, ids, facts) -> Surroundings:
         """What `exact` pages are predicted from.
@@ -97,15 +118,16 @@ class PageForms:
         Args:
             starts, relative: Of each position table, `[N, 2 * half]` and `[P, 2 * half]`.
             means: Of each layer `[N, H, Dk]`, empty where keys are not centred.
-            ids: Token ids of every page, `[N][P]`.
+            ids: Token ids of every page, `[N][P]`; None for a codec that does not read them.
         """
         tables = [table for _, _, table in facts["layers"]]
+        nowhere = [torch.zeros(len(starts[0]), heads, dim) for _, (heads, dim, _), _ in facts["layers"]]
         return Surroundings(
-            embedding_rows(self.model, torch.as_tensor(ids)) if self.codec(facts).predicts else None,
+            embedding_rows(self.model, torch.as_tensor(ids)) if self.codec(facts).embeds else None,
             [starts[t].cpu() for t in tables],
             [relative[t].cpu() for t in tables],
             [facts["tables"][t][1] for t in tables],
-            [x.cpu() for x in means],
+            [x.cpu() if x.numel() else zeros for x, zeros in zip(means, nowhere, strict=True)],
         )
 
 

@@ -21,7 +21,7 @@ from ..errors import ConfigError, FormatError, SeqKVWarning
 from ..store.keys import page_key, scope_key
 from ..store.planner import PREFILL, Plan, plan
 from ..store.prefix_store import PrefixStore
-from . import records
+from . import learned_tables, records
 from .codecs import kept
 from .model_facts import model_fingerprint
 from .page_forms import PageForms
@@ -54,7 +54,8 @@ class Prefixes:
     def __init__(self, cache, model: torch.nn.Module, store: PrefixStore | str):
         self.cache, self.model = cache, model
         self.store = store if isinstance(store, PrefixStore) else open_store(str(store))
-        self.forms, self.sequence = PageForms(cache, model), None
+        self.forms = PageForms(cache, model, lambda: learned_tables.of(self.store, self.scope))
+        self.sequence = None
         self.plan: Plan | None = None  # of the last prefill
         self.loaded = 0  # slots that were filled
         self._said: set[str] = set()
@@ -139,7 +140,7 @@ class Prefixes:
         return self.loaded
 
     def _fill(self, keys: list[list[bytes]], starts: list[int], pages: list[list[list[int]]], ids) -> int:
-        read = {key: self._read(key) for key in {key: None for row in keys for key in row}}
+        read = self._within_reach({key: self._read(key) for key in dict.fromkeys(key for row in keys for key in row)})
         chains = [row[: next((n for n, key in enumerate(row) if read[key] is None), len(row))] for row in keys]
         if not min(map(len, chains)):
             return 0
@@ -170,6 +171,14 @@ class Prefixes:
         entry = self.store.get(key, self._limit())
         return None if entry is None else records.read(entry.payload)
 
+    def _within_reach(self, read: dict[bytes, records.Record | None]) -> dict[bytes, records.Record | None]:
+        """Records, but no `exact` ones where their tables cannot be had: a miss, not damage."""
+        coded = [key for key, x in read.items() if x is not None and x.form == "exact"]
+        facts = next((x.facts for x in read.values() if x is not None and "layers" in x.facts), None)
+        if not coded or (facts is not None and self.forms.codec(facts).predicts):
+            return read
+        return read | dict.fromkeys(coded)
+
     def _decode(self, found: list[records.Record], tokens: list[list[int]]):
         """Of each layer payloads `[N, page_bytes]`, or keys before RoPE and values; `found` begins with the first."""
         if self.sequence is None:
@@ -191,8 +200,9 @@ class Prefixes:
         """Note how long the prefill of a prompt of `tokens` takes from what the cache holds on."""
         held, begun = self.cache.get_seq_length(), time.perf_counter()
         yield
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        for device in {layer.device for layer in self.cache._coded() if layer.is_initialized}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         if tokens > held:
             self.store.note_rate(PREFILL, tokens - held, time.perf_counter() - begun, context=held)
 
@@ -252,13 +262,16 @@ class Prefixes:
         size, scope, parent = self.cache.seqkv_config.page_size, self.scope, b""
         for page in tokens[: pages.first]:
             parent = page_key(scope, parent, page)
-        mine = tokens[pages.first :]
-        bodies = self.forms.write(pages, self.form, [page[-size:] for page in mine], facts)
-        for n, payload in enumerate(records.write(pages, self.form, bodies, facts)):
+        mine, form = tokens[pages.first :], self.form
+        if form == "exact" and not self.forms.codec(facts).predicts:
+            self.forms.learn(pages, facts)
+            form = "hot"
+        bodies = self.forms.write(pages, form, [page[-size:] for page in mine], facts)
+        for n, payload in enumerate(records.write(pages, form, bodies, facts)):
             end = self.cache.seqkv_config.n_sink + (pages.first + n + 1) * size
             told = None if bits is None else bits[1][(bits[0] >= end - size) & (bits[0] < end)]
             known = None if told is None or not len(told) else told.mean().item()
-            parent = self.store.put(scope, parent, mine[n], payload, form=self.form, bits=known)
+            parent = self.store.put(scope, parent, mine[n], payload, form=form, bits=known)
             if parent is None:
                 return
 

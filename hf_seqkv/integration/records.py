@@ -9,7 +9,7 @@ fp32, and as facts the shapes of layers and tables. Flat tensors hold layers in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +49,13 @@ def write(pages: Pages, form: str, bodies: Sequence[torch.Tensor], facts: dict[s
     """Records of consecutive pages, `bodies` are their `codes`, `facts` are `facts_of` the cache."""
     written = []
     for n, body in enumerate(bodies):
-        tensors = {"codes": body, "starts": torch.cat([x[n] for x in pages.starts] or [torch.empty(0)])}
+        tensors = {"codes": body, "starts": _flat(x[n] for x in pages.starts)}
         if form != "sequence":
             tensors |= _held(pages, n)
         if pages.first + n == 0:
-            tensors["sinks"] = torch.cat([x.flatten() for pair in pages.sinks for x in pair])
-            tensors["means"] = torch.cat([torch.empty(0), *(x.flatten() for x in pages.means if x is not None)])
-            tensors["relative"] = torch.cat([torch.empty(0), *(x.flatten() for x in pages.relative)])
+            tensors["sinks"] = _flat(x for pair in pages.sinks for x in pair)
+            tensors["means"] = _flat(x for x in pages.means if x is not None)
+            tensors["relative"] = _flat(pages.relative)
         written.append(bundle.pack(tensors, {"form": form} | (facts if pages.first + n == 0 else {})))
     return written
 
@@ -68,10 +68,15 @@ def _held(pages: Pages, n: int) -> dict[str, torch.Tensor]:
         tokens, k, v = held
         at = (tokens // size == n).nonzero()[:, 0]
         where += [torch.tensor([layer, token - n * size]) for token in tokens[at].tolist()]
-        found += [x[:, i].flatten() for i in at.tolist() for x in (k, v)]
+        found += [x[:, i] for i in at.tolist() for x in (k, v)]
     if not found:
         return {}
-    return {"held_at": torch.stack(where).to(torch.int16), "held": torch.cat(found)}
+    return {"held_at": torch.stack(where).to(torch.int16), "held": _flat(found)}
+
+
+def _flat(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """All numbers of tensors in turn, on the CPU: layers may be on different devices."""
+    return torch.cat([x.flatten().cpu() for x in parts] or [torch.empty(0)])
 
 
 def read(data: bytes) -> Record:

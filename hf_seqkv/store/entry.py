@@ -1,4 +1,4 @@
-"""The stored entry: one page of one token sequence, whatever form its payload has.
+"""The stored entry: one page of one token sequence, whatever form its payload has, or what pages are coded by.
 
 A file is a header of 136 bytes, the token ids (u32 each) and the payload. Header, little-endian:
 
@@ -6,7 +6,7 @@ A file is a header of 136 bytes, the token ids (u32 each) and the payload. Heade
 |-------|------------------------------------------------------------------------------------------|
 | 4     | magic `SKVN`                                                                             |
 | 2     | version u16, 1                                                                           |
-| 2     | form u16: 1 hot, 2 exact, 3 sequence                                                     |
+| 2     | form u16: 1 hot, 2 exact, 3 sequence; 4 tables, of the exact codec for a scope's pages    |
 | 32    | key: `page_key(scope, parent, ids)`                                                      |
 | 32    | scope                                                                                    |
 | 32    | parent's key; zeros for a first page                                                     |
@@ -31,7 +31,8 @@ from ..errors import FormatError
 from .keys import KEY_BYTES, MOST_IDS, id_bytes, page_key
 
 MAGIC, VERSION = b"SKVN", 1
-FORMS = ("hot", "exact", "sequence")
+FORMS = ("hot", "exact", "sequence", "tables")  # of pages; the last of what pages of a scope are coded by
+PAGE_FORMS = FORMS[:3]
 MOST_BITS = 1e6
 _HEADER = struct.Struct("<4sHH32s32s32sfIQ16s")
 HEADER_BYTES = _HEADER.size

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, FormatError
 from . import eviction, planner, upkeep
-from .entry import FORMS, MOST_BITS, Entry, NewerVersionError, pack, read_head
+from .entry import FORMS, MOST_BITS, PAGE_FORMS, Entry, NewerVersionError, pack, read_head
 from .index import EntryInfo
 from .keys import page_key
 from .shelf import Shelf
@@ -52,15 +52,15 @@ class PrefixStore:
         max_bytes: int | None = None,
         half_life: float = WEEK,
     ):
-        if form is not None and form not in FORMS:
-            raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}, or None")
+        if form is not None and form not in PAGE_FORMS:
+            raise ConfigError(f"form={form!r} is not one of {', '.join(PAGE_FORMS)}, or None")
         if max_bytes is not None and max_bytes < 1:
             raise ConfigError(f"max_bytes={max_bytes!r} must be at least 1, or None for no limit")
         if not half_life > 0:
             raise ConfigError(f"half_life={half_life!r} must be more than 0 seconds")
         self.url, self.namespace, self.form, self.preset = str(url), namespace, form, preset
         self.max_bytes, self.half_life = max_bytes, half_life
-        self._shelf, self._writer = Shelf(url), Writer()
+        self._shelf, self._writer, self._slow = Shelf(url), Writer(), Writer()
 
     def find(self, scope: bytes, pages: Sequence[Sequence[int]]) -> list[bytes]:
         """Keys of the longest stored chain from the first page on; reads no payload.
@@ -110,7 +110,7 @@ class PrefixStore:
         Args:
             parent: Key of the page before it, `b""` for the first.
             ids: Its token ids.
-            form: What the payload is: `"hot"`, `"exact"` or `"sequence"`.
+            form: What the payload is: `"hot"`, `"exact"` or `"sequence"`; or `"tables"`, see `entry.py`.
             bits: -log2 P of its tokens under the model, a token; None where not known.
 
         Returns:
@@ -191,25 +191,31 @@ class PrefixStore:
         Raises:
             ConfigError: The kind is unknown, or a number is out of its range.
         """
-        if kind not in (*FORMS, planner.PREFILL) or units < 1 or context < 0 or not 0 < seconds < math.inf:
+        if kind not in (*PAGE_FORMS, planner.PREFILL) or units < 1 or context < 0 or not 0 < seconds < math.inf:
             raise ConfigError(
                 f"rate {kind!r} of {units} units in {seconds} s after {context} tokens; a kind is one of "
-                f"{', '.join(FORMS)}, {planner.PREFILL}, units and seconds are more than 0"
+                f"{', '.join(PAGE_FORMS)}, {planner.PREFILL}, units and seconds are more than 0"
             )
         mean = context + units / 2 if kind == planner.PREFILL else 0.0
         self._shelf.index.update_sums(kind, lambda sums: planner.observe(sums, units, seconds, mean))
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run a job that codes and puts pages in the background, after those before it; see `writer.py`."""
-        self._writer.submit(job)
+    def submit(self, job: Callable[[], None], slow: bool = False) -> None:
+        """Run a job in the background, after those before it; see `writer.py`.
 
-    def flush(self) -> None:
-        """Wait until all jobs are done that were submitted so far."""
+        Args:
+            job: Codes and puts pages; or is `slow`, and nothing waits for it but `close`.
+        """
+        (self._slow if slow else self._writer).submit(job)
+
+    def flush(self, slow: bool = False) -> None:
+        """Wait until all jobs are done that were submitted so far, slow ones where asked to."""
         self._writer.wait()
+        if slow:
+            self._slow.wait()
 
     def close(self) -> None:
         """Flush; every method but this one raises `UnsupportedOperationError` from now on."""
-        self.flush()
+        self.flush(slow=True)
         self._shelf.index.close()
 
     def __enter__(self) -> PrefixStore:

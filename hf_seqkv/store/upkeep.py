@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ from contextlib import suppress
 
 from ..errors import FormatError
 from . import eviction
-from .entry import HEADER_BYTES, Head, NewerVersionError, read_head
+from .entry import HEADER_BYTES, PAGE_FORMS, Head, NewerVersionError, read_head
 from .index import EntryInfo
 from .shelf import Shelf
 
@@ -98,13 +99,15 @@ def totals(rows: Iterable[EntryInfo]) -> list[dict]:
     groups: dict[tuple[str, str], Counter] = {}
     for row in rows:
         counts = groups.setdefault((row.scope.hex(), row.form), Counter())
-        counts.update(entries=1, bytes=row.bytes, tokens=row.tokens, hits=row.hits)
+        counts.update(entries=1, bytes=row.bytes, tokens=row.tokens * (row.form in PAGE_FORMS), hits=row.hits)
     return [{"scope": scope, "form": form, **counts} for (scope, form), counts in sorted(groups.items())]
 
 
 def candidates(rows: Iterable[EntryInfo], half_life: float) -> Iterator[eviction.Candidate]:
-    """Rows as eviction sees them now."""
-    now = time.time()
+    """Rows as eviction sees them now; tables stay as long as there are pages that may need them."""
+    now, rows = time.time(), list(rows)
+    coded = any(row.form == "exact" for row in rows)
     for row in rows:
         worth = eviction.worth(row.hits, row.bits, now - row.used, half_life)
+        worth = math.inf if coded and row.form == "tables" else worth
         yield eviction.Candidate(row.key, row.parent, row.bytes, worth)
