@@ -100,6 +100,15 @@ def _turned_units(coefficients, starts, unit, factors):
 
 
 @njit(**OPTIONS)
+def _dot(x, y):
+    """Scalar product. Summed up in a variable: in memory, whether it is summed in vectors would depend on addresses."""
+    total = np.float32(0)
+    for d in range(y.shape[0]):
+        total += x[d] * y[d]
+    return total
+
+
+@njit(**OPTIONS)
 def _coefficients(a, query, b, h):
     """`c [rows]` and `[A | B] [rows, 2 * half]` of `codec.center.Center.coefficients`."""
     rows, dim = query.shape[0], a.key_dim
@@ -114,8 +123,7 @@ def _coefficients(a, query, b, h):
             x, y = step * i, step * i + other
             turned[r, i] = query[r, x] * mean[x] + query[r, y] * mean[y]
             turned[r, half + i] = query[r, y] * mean[x] - query[r, x] * mean[y]
-        for d in range(2 * half, dim):
-            rest[r] += query[r, d] * mean[d]
+        rest[r] = _dot(query[r, 2 * half :], mean[2 * half :])
     return rest, turned
 
 
@@ -141,8 +149,7 @@ def prepare(a, query, b, h, row0):
     constant[:], coefficients[:] = _coefficients(a, query, b, h)
     mean = carray(pointer(a.key_mean + 4 * h * dim), dim, np.float32)
     for r in range(rows):
-        for d in range(dim):
-            constant[r] += query[r, d] * mean[d]
+        constant[r] += _dot(query[r, :dim], mean)
     rotated = rotated_rows(query, a.key_matrix, h, dim)
     unit = carray(pointer(a.key_units), a.heads, np.float32)[h]
     for r in range(rows):
