@@ -29,6 +29,10 @@ class UnsupportedModelError(SeqKVError, ValueError):
     """The model keeps a kind of cache that cannot be coded as pages."""
 
 
+class UnsupportedVersionError(SeqKVError, ImportError):
+    """The installed transformers lacks something this package hooks into."""
+
+
 class UnsupportedOperationError(SeqKVError, RuntimeError):
     """The operation cannot be done on this cache (cropping past dropped pages, offloading, ...)."""
 

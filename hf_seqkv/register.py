@@ -19,11 +19,13 @@ _ACTIONS = {
 
 def _allow_name() -> None:
     module = sys.modules["transformers.generation.configuration_utils"]
-    if "seqkv" not in module.ALL_CACHE_IMPLEMENTATIONS:
-        module.ALL_CACHE_IMPLEMENTATIONS = (*module.ALL_CACHE_IMPLEMENTATIONS, "seqkv")
+    names = getattr(module, "ALL_CACHE_IMPLEMENTATIONS", None)  # where there is none, `_install` will say so
+    if names is not None and "seqkv" not in names:
+        module.ALL_CACHE_IMPLEMENTATIONS = (*names, "seqkv")
 
 
 def _install() -> None:
+    importlib.import_module("hf_seqkv.integration.compat").check()
     importlib.import_module("hf_seqkv.integration.generate").install()
 
 

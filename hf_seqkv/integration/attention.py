@@ -155,6 +155,8 @@ def _wrap(original):
             _say_why(type(module).__name__, why)
         return function(module, query, _dense(key), _dense(value), attention_mask, *args, **kwargs)
 
+    if original is not None:
+        functools.update_wrapper(seqkv_attention, original)
     seqkv_attention.original = original
     return seqkv_attention
 

@@ -7,9 +7,10 @@ import warnings
 
 from ..config import SeqKVConfig
 from ..errors import SeqKVWarning, UnsupportedModelError
+from . import continuous
 from .generate import NAME, install, owner_of
 
-METHOD = "_prepare_cache_for_generation"
+METHOD, BATCHES = "_prepare_cache_for_generation", "init_continuous_batching"
 
 
 def use_by_default(**options) -> None:
@@ -26,8 +27,9 @@ def use_by_default(**options) -> None:
     """
     SeqKVConfig.from_dict(options)
     install()
-    owner = owner_of(METHOD)
-    setattr(owner, METHOD, _with_default(vars(owner)[METHOD], options))
+    for name, wrap in ((METHOD, functools.partial(_with_default, options=options)), (BATCHES, continuous.warn)):
+        owner = owner_of(name)
+        setattr(owner, name, wrap(vars(owner)[name]))
 
 
 def _with_default(prepare, options):

@@ -1,4 +1,4 @@
-"""`generate(cache_implementation="seqkv")`: two guarded patches, and their removal."""
+"""`generate(cache_implementation="seqkv")`: patches of transformers' methods, and their removal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 
-from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
-from . import capture
+from ..errors import CalibrationMismatchError, ConfigError, SeqKVWarning, UnsupportedModelError
+from . import capture, continuous
 from .attention import unwrap_attention, wrap_attention
 from .cache import SeqKVCache
-
-NAME = "seqkv"
+from .continuous import NAME
 
 
 def allow_name() -> None:
@@ -37,13 +36,7 @@ def install() -> None:
 
 def owner_of(name: str) -> type:
     """The class that defines a method of `GenerationMixin`."""
-    for base in GenerationMixin.__mro__:
-        if name in vars(base):
-            return base
-    raise UnsupportedModelError(
-        f"this transformers has no GenerationMixin.{name}; hf_seqkv supports transformers 5.23. Passing "
-        "past_key_values=SeqKVCache(config=model.config) needs no such hook"
-    )
+    return next(base for base in GenerationMixin.__mro__ if name in vars(base))
 
 
 def uninstall() -> None:
@@ -97,13 +90,30 @@ def _swap(model, generation_config, model_kwargs) -> None:
         options = getattr(generation_config, NAME, None) or {}
     if not isinstance(options, dict):
         raise ConfigError(f"cache_config must be a dict of SeqKVConfig fields, not a {type(options).__name__}")
-    cache = SeqKVCache(config=model.config.get_text_config(decoder=True), **options)
+    config = model.config.get_text_config(decoder=True)
+    try:
+        cache = SeqKVCache(config=config, **options)
+    except CalibrationMismatchError:
+        if not generation_config.is_assistant:
+            raise
+        _say_of_draft(type(model).__name__)
+        data_free = {name: x for name, x in options.items() if name not in ("calibration", "method")}
+        cache = SeqKVCache(config=config, **data_free)
     cache.expected_length = generation_config.max_length or 0
     if generation_config.is_assistant:
         cache.activate_past_recording()
     wrap_attention()  # another library may have registered its own since
     cache.bind(model)
     model_kwargs["past_key_values"] = cache
+
+
+@functools.cache
+def _say_of_draft(name: str) -> None:
+    warnings.warn(
+        f"the calibration in cache_config is the main model's; the cache of its draft, {name}, is coded without one",
+        SeqKVWarning,
+        stacklevel=4,
+    )
 
 
 def _prefill(original):
@@ -135,20 +145,4 @@ def _ids_alone(generation_config, input_ids, model_kwargs) -> bool:
     return positions is None or bool(((positions == mask.cumsum(-1) - 1) | (mask == 0)).all())
 
 
-def _batch(original):
-    @functools.wraps(original)
-    def generate_batch(self, *args, **kwargs):
-        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
-        if NAME in (getattr(config, "cache_implementation", None), kwargs.get("cache_implementation")):
-            warnings.warn(
-                "generate_batch has a paged cache of its own and ignores cache_implementation='seqkv'; use generate()",
-                SeqKVWarning,
-                stacklevel=2,
-            )
-        return original(self, *args, **kwargs)
-
-    generate_batch.seqkv_original = original
-    return generate_batch
-
-
-_PATCHES = {"_prepare_cache_for_generation": _prepare, "_prefill": _prefill, "generate_batch": _batch}
+_PATCHES = {"_prepare_cache_for_generation": _prepare, "_prefill": _prefill, **continuous.PATCHES}
