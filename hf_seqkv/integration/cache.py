@@ -187,14 +187,15 @@ class SeqKVCache(capture.Listener, DynamicCache):
                 return None
             layout, config = noted.layout, self.seqkv_config
             half, interleaved = (layout.half, layout.interleaved) if layout else (0, False)
+            sort = half, interleaved, self.layers[index].device
             if self.calibration is not None:
                 self.calibration.check_rope(index, half, interleaved)
             for table in self._tables.values():
-                if (table.half, table.interleaved) == (half, interleaved) and table.follows(noted):
+                if (table.half, table.interleaved, table.device) == sort and table.follows(noted):
                     break
             else:
                 keep = config.n_sink + config.residual_length + 2 * config.page_size
-                table = PositionTable(half, interleaved, config.page_size, keep)
+                table = PositionTable(*sort, config.page_size, keep)
             self._tables[index] = table
         return self._tables[index]
 

@@ -73,7 +73,7 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         noted = self.cache.noted(self.index)
         table = self.cache.table(self.index, noted)
         if table is not None:
-            table.append(self.length, new, batch, noted, self.device)
+            table.append(self.length, new, batch, noted)
         start = noted.first_tokens(self.start, self.length, self._offset(), new)
         first = self.length == 0
         source = (key_states, value_states) if first else self._appended(key_states, value_states)

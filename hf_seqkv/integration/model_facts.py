@@ -7,6 +7,8 @@ import weakref
 
 import torch
 
+from .placement import weights
+
 
 def model_facts(text_config) -> dict:
     """Shape and RoPE of a decoder config, as JSON types: equal for models that can share a calibration's tensors."""
@@ -45,11 +47,15 @@ def model_fingerprint(model: torch.nn.Module) -> bytes:
         if isinstance(getattr(module, "disable_adapters", None), bool)
     ]
     digest = hashlib.sha256(repr((facts, adapters)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
+    for name, tensor in weights(model):
+        flat = tensor.flatten()
         sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous().view(torch.uint8)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
     return digest.digest()
+
+
+def _projects(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 2 and any(part in name for part in ("attn", "attention"))
 
 
 _FINGERPRINTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -63,9 +69,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     if model in _FINGERPRINTS:
         return _FINGERPRINTS[model]
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.dim() == 2 and any(part in name for part in ("attn", "attention")):
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.bfloat16)
-            digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+    for name, tensor in weights(model, _projects):
+        flat = tensor.flatten()
+        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.bfloat16)
+        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return _FINGERPRINTS.setdefault(model, digest.hexdigest())

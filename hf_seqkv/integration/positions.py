@@ -1,4 +1,5 @@
-"""Cosines and sines of the tokens a cache holds, as the model used them: one table for all layers that share a RoPE.
+"""Cosines and sines of the tokens a cache holds, as the model used them: one table for all layers of a device that
+share a RoPE.
 
 The rows are captured rather than recomputed, because dynamic NTK and LongRoPE change their frequencies in
 mid-sequence. Only rows of dense tokens are kept; of a page the row of its first token remains (`codec.center`).
@@ -19,12 +20,14 @@ class PositionTable:
     Args:
         half: Number of RoPE pairs; 0 for layers without RoPE, whose keys have a constant part all the same.
         interleaved: Pairing, see `codec.center.Center`.
+        device: Of the layers that share it.
         page_size: Tokens a page.
         keep: Recent slots whose rows may still be needed.
     """
 
-    def __init__(self, half: int, interleaved: bool, page_size: int, keep: int):
-        self.half, self.interleaved, self.page_size, self.keep = half, interleaved, page_size, keep
+    def __init__(self, half: int, interleaved: bool, device: torch.device, page_size: int, keep: int):
+        self.half, self.interleaved, self.device = half, interleaved, device
+        self.page_size, self.keep = page_size, keep
         self.clear()
 
     def clear(self) -> None:
@@ -35,11 +38,11 @@ class PositionTable:
         self.relative: torch.Tensor | None = None
         self._source: weakref.ref | None = None
 
-    def append(self, slot: int, new: int, batch: int, noted, device) -> None:
+    def append(self, slot: int, new: int, batch: int, noted) -> None:
         """Rows of the `new` tokens from `slot` on, as a forward was noted; the first layer of it writes."""
         if self.rows is None:
-            self.rows = torch.zeros(batch, 0, 2 * self.half, device=device)
-            self.starts = torch.zeros(batch, 0, 2 * self.half, device=device)
+            self.rows = torch.zeros(batch, 0, 2 * self.half, device=self.device)
+            self.starts = torch.zeros(batch, 0, 2 * self.half, device=self.device)
             self.counts = [0] * batch
         if self.end == slot + new and self.follows(noted):
             return
@@ -48,7 +51,7 @@ class PositionTable:
         if rows is None:
             rows = torch.zeros(1, new, 2 * self.half)
         old = self.rows[:, : max(0, self.rows.shape[1] - (self.end - slot))]
-        self.rows = torch.cat([old[:, -self.keep :], rows.to(device).expand(batch, -1, -1)], 1)
+        self.rows = torch.cat([old[:, -self.keep :], rows.to(self.device).expand(batch, -1, -1)], 1)
         self.end = slot + new
 
     def follows(self, noted) -> bool:

@@ -38,6 +38,7 @@ from ..codec.token_coder import IntervalReader, encode, frequencies
 from ..codec.token_contexts import MAX_WIDTH, decode_ids, encode_ids
 from ..errors import ConfigError, FormatError, SeqKVWarning
 from .model_facts import weights_fingerprint
+from .placement import module_device
 
 MAGIC, VERSION = b"SKVT", 1
 STATIC, MODEL = 0, 1
@@ -57,11 +58,11 @@ class _Steps:
     def __init__(self, model):
         self._model, self.cache = model, DynamicCache(config=model.config)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self.lengths = frequencies(torch.zeros(vocabulary, device=model.device))
+        self.lengths = frequencies(torch.zeros(vocabulary, device=module_device(model)))
 
     @torch.no_grad()
     def read(self, token: int) -> None:
-        ids = torch.tensor([[token]], device=self._model.device)
+        ids = torch.tensor([[token]], device=module_device(self._model))
         self.lengths = frequencies(self._model(ids, past_key_values=self.cache).logits[0, -1])
 
 
@@ -133,7 +134,7 @@ def restore(data: bytes, model, cache=None) -> tuple[torch.Tensor, DynamicCache]
     cache = DynamicCache(config=model.config) if cache is None else cache
     if len(ids) > 1:
         with torch.no_grad():
-            model(ids[None, :-1].to(model.device), past_key_values=cache, logits_to_keep=1)
+            model(ids[None, :-1].to(module_device(model)), past_key_values=cache, logits_to_keep=1)
     return ids, cache
 
 

@@ -19,6 +19,7 @@ import torch
 from ..errors import FormatError, UnsupportedOperationError
 from .cache import SeqKVCache
 from .layer import SeqKVLayer
+from .placement import module_device
 from .positions import PositionTable
 
 COUNTS = ("start", "counts", "kept", "base", "length", "dropped")
@@ -98,23 +99,25 @@ def set_state(cache: SeqKVCache, tensors: dict[str, torch.Tensor], facts: dict[s
 
 
 def _set_tables(cache: SeqKVCache, tensors, facts) -> None:
-    config = cache.seqkv_config
-    tables = []
-    for t, made in enumerate(facts["tables"]):
-        keep = config.n_sink + config.residual_length + 2 * config.page_size
-        table = PositionTable(made["half"], made["interleaved"], config.page_size, keep)
-        table.end, table.counts = made["end"], list(made["counts"])
-        device = layer_device(cache, next(x["index"] for x in facts["layers"] if x["table"] == t))
-        for name in ("rows", "starts", "relative"):
-            x = tensors.get(f"table.{t}.{name}")
-            setattr(table, name, None if x is None else x.to(device))
-        tables.append(table)
+    tables: dict[tuple[int, torch.device], PositionTable] = {}  # one on every device that needs it
     for made in facts["layers"]:
         if made["table"] is not None and cache.tracks_positions:
-            table = tables[made["table"]]
+            place = made["table"], layer_device(cache, made["index"])
+            if place not in tables:
+                tables[place] = _table(cache.seqkv_config, tensors, facts, *place)
             if cache.calibration is not None:
-                cache.calibration.check_rope(made["index"], table.half, table.interleaved)
-            cache._tables[made["index"]] = table
+                cache.calibration.check_rope(made["index"], tables[place].half, tables[place].interleaved)
+            cache._tables[made["index"]] = tables[place]
+
+
+def _table(config, tensors, facts, t: int, device: torch.device) -> PositionTable:
+    made, keep = facts["tables"][t], config.n_sink + config.residual_length + 2 * config.page_size
+    table = PositionTable(made["half"], made["interleaved"], device, config.page_size, keep)
+    table.end, table.counts = made["end"], list(made["counts"])
+    for name in ("rows", "starts", "relative"):
+        x = tensors.get(f"table.{t}.{name}")
+        setattr(table, name, None if x is None else x.to(device))
+    return table
 
 
 def _set_layer(layer: SeqKVLayer, tensors, made, dtype: torch.dtype) -> None:
@@ -151,6 +154,5 @@ def layer_device(cache: SeqKVCache, index: int) -> torch.device:
     """Where a layer of the cache's model runs."""
     for module in cache.model.modules():
         if getattr(module, "layer_idx", None) == index:
-            for parameter in module.parameters():
-                return parameter.device
-    return cache.model.device
+            return module_device(module)
+    return module_device(cache.model)

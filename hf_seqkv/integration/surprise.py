@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from .placement import module_device
+
 SAMPLED = 16  # one token in so many: the head runs on those only
 
 
@@ -26,7 +28,7 @@ def surprise(model, hidden: torch.Tensor | None, ids: torch.Tensor) -> tuple[tor
     at = torch.arange(0, hidden.shape[1] - 1, SAMPLED)
     slots = first + at + 1
     with torch.no_grad():
-        logits = head(hidden[:, at.to(hidden.device)].to(head.weight.device)).float()
+        logits = head(hidden[:, at.to(hidden.device)].to(module_device(head))).float()
         chosen = ids[:, slots].to(logits.device)
         nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
     return slots, (nats / math.log(2)).view(chosen.shape).cpu()

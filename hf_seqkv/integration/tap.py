@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..codec.center import rotate
 from . import capture
+from .placement import module_device
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def run_window(model, ids: torch.Tensor, coded: list[int], first: int, generator
     cache = _TapCache(model.config.get_text_config(decoder=True), coded)
     capture.attach(model, cache)
     layers = [cache.layers[index] for index in coded]
-    ids = ids[None].to(model.device)
+    ids = ids[None].to(module_device(model))
     with torch.no_grad():
         model(ids[:, :first], past_key_values=cache, logits_to_keep=1)
     gradients = [None] * len(layers)
@@ -114,7 +115,7 @@ def embedding_rows(model, ids: torch.Tensor) -> torch.Tensor:
     """What the model makes of tokens before its first layer, `[...]` to `[..., d]` fp32 on the CPU."""
     table = model.get_input_embeddings()
     with torch.no_grad():
-        return table(ids.to(table.weight.device)).float().cpu()
+        return table(ids.to(module_device(table))).float().cpu()
 
 
 def embed(model, ids: torch.Tensor) -> torch.Tensor:
