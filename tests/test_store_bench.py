@@ -32,7 +32,8 @@ def test_exact_pages_are_measured_with_tables(monkeypatch):
     monkeypatch.setattr(learned_tables, "LEAST_TOKENS", 100)
     monkeypatch.setattr(learned_tables, "TOKENS_AN_INPUT", 0)
     model, (ids, _) = tiny("llama"), prompt(1, 120)
-    found = bench_store.measure(model, ids, 100, ["hot", "exact"], SMALL, 0.01, others=[ids.flip(1)] * 2, progress=False)
+    others, forms = [ids.flip(1)] * 2, ["hot", "exact"]
+    found = bench_store.measure(model, ids, 100, forms, SMALL, 0.01, others=others, progress=False)
     assert found["forms"]["exact"]["tables"] > 1000
     assert found["forms"]["exact"]["pages"] == found["forms"]["hot"]["pages"]
 

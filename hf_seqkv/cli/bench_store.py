@@ -60,6 +60,8 @@ def _run(args: argparse.Namespace) -> int:
         others = [x[None] for x in text.split(LEARNED_AT_ONCE)]
     result = {"command": args.command, "machine": bench_timing.machine(), "threads": torch.get_num_threads()}
     result |= {"model": description, "options": {name: str(value) for name, value in options.items()}}
-    result |= bench_store.measure(model, ids, args.tokens, list(args.forms), options, args.seconds, args.directory, others)
+    result |= bench_store.measure(
+        model, ids, args.tokens, list(args.forms), options, args.seconds, args.directory, others
+    )
     show(args, bench_store.table(result), result)
     return 0

@@ -50,8 +50,8 @@ def _kept(model: torch.nn.Module, name: str) -> torch.Tensor:
             except (AttributeError, KeyError, TypeError):
                 continue  # it keeps no weights, or not this one
     raise UnsupportedOperationError(
-        f"weight {name} is on the meta device and no hook of accelerate keeps it, so nothing tells this model's weights "
-        "from others; load them, or leave out calibration, prefix_store and save()"
+        f"weight {name} is on the meta device and no hook of accelerate keeps it, so nothing tells this model's "
+        "weights from others; load them, or leave out calibration, prefix_store and save()"
     )
 
 
