@@ -145,7 +145,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     def slightly_wrong(*args):
         return reference.attend_codes(*args) * 1.001
 
-    wrong = interface.Backend("cpu", slightly_wrong, reference.encode_pages, reference.decode_pages, 5e-4)
+    wrong = interface.Backend("cpu", slightly_wrong, reference.encode_pages, reference.unpack_pages, 5e-4)
     monkeypatch.setattr(bench_kernels, "select_backend", lambda *args: wrong)
     monkeypatch.setattr(bench_kernels, "interleaved", lambda *args: pytest.fail("timed"))
     with pytest.raises(BackendError, match=r"6/2x32, 128 tokens, 4/4 bits: .* by 1\.0e-03 of the largest output"):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from models import SMALL, prompt, tiny
+from models import LOSSLESS, SMALL, prompt, tiny
 from pretend import Pretended, pretended, spread
 from test_held import by_content, holding
 
@@ -15,6 +15,13 @@ from hf_seqkv.integration.model_facts import model_fingerprint, weights_fingerpr
 from hf_seqkv.store.prefix_store import PrefixStore
 
 REFERENCE = SMALL | {"backend": "reference"}
+
+
+class Unmeasured(PrefixStore):
+    """A store that loads what it has: it never finds out that a tiny model's prefill is faster."""
+
+    def note_rate(self, *args, **options) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +46,13 @@ def assert_at_home(cache):
         table = cache.table(layer.index)
         parts = [*vars(layer).values(), *vars(layer.held or layer).values(), *(vars(table).values() if table else ())]
         assert {x.device for x in parts if isinstance(x, torch.Tensor)} == {layer.device}
+
+
+def assert_same_pages(cache, other):
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+        assert mine.counts == theirs.counts
+        for row, count in enumerate(mine.counts):
+            assert torch.equal(mine.pages[row, :count].cpu(), theirs.pages[row, :count])
 
 
 @pytest.mark.parametrize(
@@ -68,7 +82,7 @@ def test_held_tokens_on_two_devices():
             assert max(cache.layers[2].held.counts) > 9
         assert_at_home(cache)
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -79,21 +93,24 @@ def test_sessions_move_between_one_device_and_two(name, tmp_path):
         model = spread(tiny(name))
         woken = SeqKVCache.load(tmp_path / "one", model)
         assert_at_home(woken)
-        for mine, other in zip(woken.layers, one.layers, strict=True):
-            assert torch.equal(mine.pages.cpu(), other.pages[:, : mine.pages.shape[1]])
+        assert_same_pages(woken, one)
         woken.save(tmp_path / "two")
         model(torch.full((2, 1), 9).to("cuda:0"), past_key_values=woken)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() or name == "llama"
-    assert SeqKVCache.load(tmp_path / "two", tiny(name)).get_seq_length() == one.get_seq_length()
+    again = SeqKVCache.load(tmp_path / "two", tiny(name))
+    assert_same_pages(again, one)
+    with torch.no_grad():
+        logits = [tiny(name)(torch.full((2, 1), 9), past_key_values=cache).logits for cache in (one, again)]
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("writer", [0, 1], ids=["one writes", "two write"])
 def test_prefixes_are_shared_by_one_device_and_two(writer, tmp_path):
-    wanted, _ = generated(tiny("gemma3"), REFERENCE, (0,))
-    with pretended(), PrefixStore(tmp_path / "store") as store:
+    lossless = LOSSLESS | {"backend": "reference"}  # loaded or not makes no difference
+    wanted, _ = generated(tiny("gemma3"), lossless, (0,))
+    with pretended(), Unmeasured(tmp_path / "store") as store:
         models = [tiny("gemma3"), spread(tiny("gemma3"))]
         for model in (models[writer], models[1 - writer]):
-            found, cache = generated(model, REFERENCE | {"prefix_store": store}, (0,))
+            found, cache = generated(model, lossless | {"prefix_store": store}, (0,))
             store.flush()
             assert torch.equal(found, wanted)
         assert cache.prefixes.loaded
@@ -116,9 +133,10 @@ def test_offloaded_weights(name, kind, tmp_path):
         model_fingerprint(whole),
         weights_fingerprint(whole),
     )
-    with PrefixStore(tmp_path / "store") as store:
-        wanted, _ = generated(whole, SMALL | {"prefix_store": store})
+    with Unmeasured(tmp_path / "store") as store:
+        generated(whole, SMALL | {"prefix_store": store})
         store.flush()
+        wanted, _ = generated(whole, SMALL | {"prefix_store": store})
         found, cache = generated(model, SMALL | {"prefix_store": store})
         assert cache.prefixes.loaded
     assert torch.equal(found, wanted)

@@ -65,6 +65,10 @@ class PageCodec:
         """Tokens that `pages [..., page_bytes]` do not answer for, `[..., H, P]` bool."""
         return torch.zeros(*pages.shape[:-1], self.heads, self.page_size, dtype=torch.bool, device=pages.device)
 
+    def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstructions `[..., H, P, Dk]` and `[..., H, P, Dv]`; fp32, or the dtype of dense pages."""
+        return tuple(self.restore(self.coordinates(pages, side), side) for side in range(2))
+
     def _assemble(self, **parts: torch.Tensor) -> torch.Tensor:
         first = next(iter(parts.values()))
         pages = torch.zeros(*first.shape[:-1], self.page_bytes, dtype=torch.uint8, device=first.device)
@@ -130,16 +134,15 @@ class DensePageCodec(PageCodec):
         flat = (x.to(self.dtype).contiguous().flatten(-3).view(torch.uint8) for x in (k, v))
         return self._assemble(**dict(zip(("keys", "values"), flat, strict=True)))
 
-    def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inverse of `encode`."""
-        shapes = {"keys": self.key_dim, "values": self.value_dim}
-        return tuple(
-            self.section(pages, name)
-            .contiguous()
-            .view(self.dtype)
-            .reshape(*pages.shape[:-1], self.heads, self.page_size, dim)
-            for name, dim in shapes.items()
-        )
+    def coordinates(self, pages: torch.Tensor, side: int) -> torch.Tensor:
+        """Keys (`side=0`) or values of `pages [..., page_bytes]`, `[..., H, P, D]`."""
+        name, dim = (("keys", self.key_dim), ("values", self.value_dim))[side]
+        flat = self.section(pages, name).contiguous().view(self.dtype)
+        return flat.reshape(*pages.shape[:-1], self.heads, self.page_size, dim)
+
+    def restore(self, x: torch.Tensor, side: int) -> torch.Tensor:
+        """`coordinates` are keys and values already."""
+        return x
 
     def splice(self, old: torch.Tensor, new: torch.Tensor, keep: int) -> torch.Tensor:
         """Page of the first `keep` tokens of `old` and the rest of `new`."""
@@ -197,10 +200,14 @@ class QuantizedPageCodec(PageCodec):
         """`k [..., H, P, Dk]`, `v [..., H, P, Dv]` to `[..., page_bytes]` uint8. Every token is coded on its own."""
         return self._join(*self.key.encode(k), *self.value.encode(v))
 
-    def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstructions `[..., H, P, Dk]` and `[..., H, P, Dv]`, fp32."""
-        key_codes, key_scales, value_codes, value_scales = self.unpack(pages)
-        return self.key.decode(key_codes, key_scales), self.value.decode(value_codes, value_scales)
+    def coordinates(self, pages: torch.Tensor, side: int) -> torch.Tensor:
+        """Levels times scales of keys (`side=0`) or values, `[..., H, P, D]` fp32."""
+        codec, name = ((self.key, "key"), (self.value, "value"))[side]
+        return codec.coordinates(codec.unpack(self.section(pages, f"{name}_codes")), self._scales(pages, name))
+
+    def restore(self, x: torch.Tensor, side: int) -> torch.Tensor:
+        """Keys (`side=0`) or values from `coordinates [..., H, P, D]`."""
+        return (self.key, self.value)[side].restore(x)
 
     def absent(self, pages: torch.Tensor) -> torch.Tensor:
         """As `PageCodec.absent`: what `vacate` took out."""

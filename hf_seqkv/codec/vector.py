@@ -150,6 +150,14 @@ class VectorCodec:
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Codes `[..., H, D, P]` and scales `[..., H, P]` to fp32 `[..., H, P, D]`; infinite scales count as 0."""
+        return self.restore(self.coordinates(codes, scales))
+
+    def restore(self, y: torch.Tensor) -> torch.Tensor:
+        """Vectors from their `coordinates [..., H, P, D]`."""
+        return y @ self.decode_matrix + self.mean[:, None]
+
+    def coordinates(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Levels times scales of codes and scales as `decode` has them, `[..., H, P, D]` fp32."""
         if len(self._groups) == 1 and len(self.levels) == 1:
             y = _levels(self._table(None, self._groups[0][0]), codes)
         else:
@@ -161,7 +169,7 @@ class VectorCodec:
             y = y.movedim(0, -2).reshape(codes.shape)
         y = y.transpose(-1, -2)
         scales = scales.float().masked_fill(torch.isinf(scales), 0)
-        return (y * scales[..., None]) @ self.decode_matrix + self.mean[:, None]
+        return y * scales[..., None]
 
 
 def _levels(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

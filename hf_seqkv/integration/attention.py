@@ -17,16 +17,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..errors import SeqKVWarning
 from ..kernels.interface import Scoring
-from .handle import Handle
+from .direct import MAX_STEPS
+from .handle import Lazy, dense
 
 WRAPPED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-MAX_STEPS = 16  # new tokens a fused call takes; more (chunked prefill) is matrix work for the dense path
 # Named arguments of attention functions that are understood, or do not change the result.
 UNDERSTOOD = {"dropout", "scaling", "sliding_window", "s_aux", "softcap", "is_causal", "position_ids", "use_cache"}
-
-
-def _dense(x):
-    return x.materialize() if isinstance(x, Handle) else x
 
 
 @functools.cache
@@ -49,7 +45,7 @@ def _obstacle(module, function, query, key, value, mask, args, kwargs) -> str | 
     unknown = [k for k, x in kwargs.items() if x is not None and k in _named(function) and k not in UNDERSTOOD]
     if args or unknown:
         return f"its attention takes {', '.join(unknown) or 'positional arguments'}"
-    if not isinstance(value, Handle) or value.view_ is not key.view_:
+    if type(value) is not type(key) or value.view_ is not key.view_:
         return "its values were changed after the cache"
     if kwargs.get("dropout"):
         return "attention dropout is on"
@@ -144,16 +140,19 @@ def _wrap(original):
 
     def seqkv_attention(module, query, key, value, attention_mask, *args, **kwargs):
         function = original or _eager(module)
-        if not isinstance(key, Handle):
-            return function(module, query, _dense(key), _dense(value), attention_mask, *args, **kwargs)
+        if not isinstance(key, Lazy):
+            return function(module, query, dense(key), dense(value), attention_mask, *args, **kwargs)
         if query.shape[2] <= MAX_STEPS:
             why = _obstacle(module, function, query, key, value, attention_mask, args, kwargs)
             if why is None and original is None and not _same_as_ours(module, function, query, kwargs):
                 why = "its eager attention computes more than softmax(q k) v"
             if why is None:
-                return key.attend(query, attention_mask, _scoring(module, query, attention_mask, kwargs)), None
+                scoring = _scoring(module, query, attention_mask, kwargs)
+                why = key.obstacle(scoring)
+            if why is None:
+                return key.attend(query, attention_mask, scoring), None
             _say_why(type(module).__name__, why)
-        return function(module, query, _dense(key), _dense(value), attention_mask, *args, **kwargs)
+        return function(module, query, dense(key), dense(value), attention_mask, *args, **kwargs)
 
     if original is not None:
         functools.update_wrapper(seqkv_attention, original)

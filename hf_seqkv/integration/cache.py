@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..codec.page import DensePageCodec, PageCodec, QuantizedPageCodec
-from ..codec.vector import VectorCodec
+from ..codec.page import PageCodec
 from ..config import SeqKVConfig
 from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
 from . import accounting, capture
-from .codecs import calibration_of, kept
+from .codecs import calibration_of, page_codec
+from .latent import refuse_calibration, wrap_expansions
 from .layer import SeqKVLayer
 from .model_facts import model_facts, weights_fingerprint
 from .positions import PositionTable
 from .recorder import Recorder
 
+ROTARY_BITS = 8  # of the rotary keys beside latents: an eighth of the components, and part of every head's score
 JOINED = 256  # forwards whose token ids are kept apart: joining them takes time, many small tensors memory
 
 if TYPE_CHECKING:
@@ -94,16 +96,17 @@ class SeqKVCache(capture.Listener, DynamicCache):
                 f"{self.model_config.model_type} is an encoder-decoder model; SeqKVCache codes decoder-only models. "
                 "Use the default cache"
             )
-        if getattr(text_config, "kv_lora_rank", None) and self.seqkv_config.method != "dense":
-            raise UnsupportedModelError(
-                f"{text_config.model_type} caches a latent and rotary keys instead of keys and values (MLA), for which "
-                f"method={self.seqkv_config.method!r} is not made; use method='dense' or the default cache"
-            )
+        self.latent_shape = None
+        if getattr(text_config, "kv_lora_rank", None):
+            self.latent_shape = (1, text_config.kv_lora_rank, text_config.qk_rope_head_dim)
+            if self.seqkv_config.method == "calibrated":
+                refuse_calibration(text_config.model_type)
 
     def bind(self, model: torch.nn.Module) -> None:
         """Meet the model that uses this cache: hook it, and compare its weights with the calibration's."""
         self.model = model
         capture.attach(model, self)
+        wrap_expansions(model)
         store = self.seqkv_config.prefix_store
         if store is not None and self.prefixes is None:
             from .prefix import Prefixes  # which builds on this module
@@ -128,27 +131,23 @@ class SeqKVCache(capture.Listener, DynamicCache):
 
     def codec(self, index: int, heads: int, key_dim: int, value_dim: int, dtype, device) -> PageCodec:
         """Page codec of a layer; layers with the same tables share one."""
-        config = self.seqkv_config
-        key = (heads, key_dim, value_dim, device)
-        key += (index,) if config.method == "calibrated" else (dtype,) if config.method == "dense" else ()
+        shape, method = (heads, key_dim, value_dim), self.seqkv_config.method
+        key = (*shape, device, *{"calibrated": (index,), "dense": (dtype,)}.get(method, ()))
         if key not in self._codecs:
-            if config.method == "dense":
-                made = DensePageCodec(config.page_size, heads, key_dim, value_dim, dtype)
-            elif config.method == "calibrated":
-                shape = (index, heads, key_dim, value_dim, config.page_size)
-                made = kept(self.calibration, shape, lambda: self.calibration.page_codec(*shape))
-            else:
-                same = {name: getattr(config, name) for name in ("rotation", "codebook", "scale", "scale_bits", "seed")}
-                sides = ((key_dim, config.key_bits), (value_dim, config.value_bits))
-                made = QuantizedPageCodec(
-                    *(VectorCodec.data_free(heads, dim, config.page_size, bits=bits, **same) for dim, bits in sides)
-                )
+            rest = ROTARY_BITS if shape == self.latent_shape else self.seqkv_config.value_bits
+            made = page_codec(self.seqkv_config, self.calibration, index, shape, dtype, rest)
             self._codecs[key] = made.to(device)
         return self._codecs[key]
 
     @property
     def centers_keys(self) -> bool:
         return self.seqkv_config.method == "calibrated" or bool(self.seqkv_config.center_keys)
+
+    def noted(self, index: int) -> capture.Noted:
+        """As `Listener.noted`; a latent is not what the model's RoPE turns."""
+        noted, codec = super().noted(index), self.layers[index].codec
+        latent = (codec.heads, codec.key_dim, codec.value_dim) == self.latent_shape
+        return replace(noted, layout=None) if latent else noted
 
     def note_ids(self, ids: torch.Tensor | None) -> None:
         if ids is not None:

@@ -10,6 +10,9 @@ from typing import TypeVar
 
 from ..calibration.artifact import SeqKVCalibration
 from ..calibration.hub import TENSORS_NAME
+from ..codec.page import DensePageCodec, PageCodec, QuantizedPageCodec
+from ..codec.vector import VectorCodec
+from ..config import SeqKVConfig
 
 T = TypeVar("T")
 
@@ -45,3 +48,25 @@ def kept(calibration, key: Hashable, make: Callable[[], T]) -> T:
     if key not in made:
         made[key] = make()
     return made[key]
+
+
+def page_codec(
+    config: SeqKVConfig, calibration, index: int, shape: tuple[int, int, int], dtype, value_bits: int | None
+) -> PageCodec:
+    """Page codec of layer `index`, whose tokens have a shape of KV heads, key and value components, on the CPU.
+
+    Args:
+        dtype: Of dense pages.
+        value_bits: Of codes that need no calibration, where keys have `config.key_bits`.
+    """
+    heads, *dims = shape
+    if config.method == "dense":
+        return DensePageCodec(config.page_size, *shape, dtype)
+    if config.method == "calibrated":
+        size = (index, *shape, config.page_size)
+        return kept(calibration, size, lambda: calibration.page_codec(*size))
+    same = {name: getattr(config, name) for name in ("rotation", "codebook", "scale", "scale_bits", "seed")}
+    sides = zip(dims, (config.key_bits, value_bits), strict=True)
+    return QuantizedPageCodec(
+        *(VectorCodec.data_free(heads, dim, config.page_size, bits=bits, **same) for dim, bits in sides)
+    )

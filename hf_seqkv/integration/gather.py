@@ -19,6 +19,7 @@ from ..calibration.sequence_fit import Sample
 from ..codec.center import rotate
 from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
 from .cache import SeqKVCache
+from .latent import refuse_calibration
 from .tap import Tap, embed, run_window
 
 SINKS = 4  # first tokens of a window: kept dense by a cache, and unlike all others
@@ -126,6 +127,8 @@ def gather(
     """
     config = model.config.get_text_config(decoder=True)
     probe = SeqKVCache(config=config, method="turboquant")  # refuses what cannot be coded
+    if probe.latent_shape is not None:
+        refuse_calibration(config.model_type)
     coded = [layer.index for layer in probe._coded()]
     if len(coded) != config.num_hidden_layers:
         raise UnsupportedModelError(

@@ -15,6 +15,7 @@ from . import capture, continuous
 from .attention import unwrap_attention, wrap_attention
 from .cache import SeqKVCache
 from .continuous import NAME
+from .latent import unwrap_expansions
 
 
 def allow_name() -> None:
@@ -44,6 +45,7 @@ def uninstall() -> None:
     names = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
     configuration_utils.ALL_CACHE_IMPLEMENTATIONS = tuple(name for name in names if name != NAME)
     unwrap_attention()
+    unwrap_expansions()
     capture.detach_all()
     for name in _PATCHES:
         owner = owner_of(name)

@@ -110,21 +110,21 @@ class Backend:
     Args:
         name: As in `SeqKVConfig.backend`.
         attend_codes: As `reference.attend_codes`.
-        encode_pages, decode_pages: As `reference.encode_pages` and `reference.decode_pages`.
+        encode_pages, unpack_pages: As `reference.encode_pages` and `reference.unpack_pages`.
         tolerance: Largest difference of `attend_codes` from the reference, as a part of the largest output.
     """
 
     name: str
     attend_codes: Callable
     encode_pages: Callable
-    decode_pages: Callable
+    unpack_pages: Callable
     tolerance: float
 
 
 @functools.cache
 def _backend(name: str) -> Backend | str:
     """A backend, or why it cannot be imported here."""
-    from .reference import attend_codes, decode_pages, encode_pages
+    from .reference import attend_codes, encode_pages, unpack_pages
 
     threads, tolerance = torch.get_num_threads(), 0.0
     try:
@@ -135,13 +135,13 @@ def _backend(name: str) -> Backend | str:
         elif name == "triton":
             from .triton_attend import TOLERANCE as tolerance
             from .triton_attend import attend_codes
-            from .triton_pages import decode_pages, encode_pages
+            from .triton_pages import encode_pages, unpack_pages
     except ImportError as error:
         package = {"cpu": "numba", "triton": "triton"}[name]
         return f"{package} cannot be imported ({error}): pip install {package}"
     finally:
         torch.set_num_threads(threads)  # numba's OpenMP pool may reset torch's count as it starts
-    return Backend(name, attend_codes, encode_pages, decode_pages, tolerance)
+    return Backend(name, attend_codes, encode_pages, unpack_pages, tolerance)
 
 
 def _obstacle(name: str, codec: PageCodec, device: torch.device) -> str | None:

@@ -6,6 +6,8 @@ part of the definition; it keeps memory at one run of decoded tokens instead of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 
 from ..codec.center import Center
@@ -27,33 +29,45 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     Returns:
         `[B, Tq, Hq, Dv]` in the query's dtype. A query that sees nothing gets zeros.
     """
-    softmax = OnlineSoftmax(query, view, mask, scoring)
+
+    def decode(first: int, last: int):
+        k, v = (x.float() for x in view.codec.decode(view.pages[:, first:last]))
+        return k if view.center is None else k + view.center.keys(first, last), v
+
+    softmax = OnlineSoftmax(query, view, mask, scoring, view.codec.value_dim)
+    for row, k, v, slots, absent in runs(view, decode):
+        softmax.add(row, k, v, slots, absent)
+    return softmax.result().to(query.dtype)
+
+
+def runs(view: LayerView, decode: Callable, dense: Callable = lambda row, k, v: (k, v)) -> Iterator[tuple]:
+    """Tokens of a view in turn: `(row, k [H, T, D], v [H, T, D], slots [T], absent [H, T] or None)`, fp32.
+
+    Args:
+        decode: Numbers of a first and a last page to keys and values `[B, N, H, P, D]` of the pages between.
+        dense: Row, keys and values of dense tokens to what stands for them.
+    """
     for run in (view.sinks, view.recent):
         token = torch.arange(run.k.shape[2])
-        for row in range(query.shape[0]):
-            k, v = (x[row, :, run.begin[row] :].float() for x in (run.k, run.v))
-            softmax.add(row, k, v, run.slots[row] + token[run.begin[row] :])
+        for row, begin in enumerate(run.begin):
+            k, v = (x[row, :, begin:].float() for x in (run.k, run.v))
+            yield row, *dense(row, k, v), run.slots[row] + token[begin:], None
     if view.side is not None:
-        for row in range(query.shape[0]):
+        for row in range(len(view.counts)):
             held = view.side.slots[row] >= 0
             k, v = (x[row, :, held].float() for x in (view.side.k, view.side.v))
-            softmax.add(row, k, v, view.side.slots[row][held])
-
-    def absent(row, first, count):  # [H, count * P]
-        return codec.absent(view.pages[row, first : first + count]).transpose(0, 1).flatten(1)
+            yield row, *dense(row, k, v), view.side.slots[row][held], None
 
     codec, step = view.codec, max(1, RUN // view.codec.page_size)
     for first in range(0, max(view.counts, default=0), step):
         last = min(first + step, max(view.counts))
-        k, v = (x.float() for x in codec.decode(view.pages[:, first:last]))
-        if view.center is not None:
-            k = k + view.center.keys(first, last)
-        for row in range(query.shape[0]):
-            valid = max(0, min(last, view.counts[row]) - first)
+        k, v = decode(first, last)
+        for row, count in enumerate(view.counts):
+            valid = max(0, min(last, count) - first)
             slots = view.page_slots[row] + first * codec.page_size + torch.arange(valid * codec.page_size)
             pages = (x[row, :valid].transpose(0, 1).flatten(1, 2) for x in (k, v))
-            softmax.add(row, *pages, slots, absent(row, first, valid))
-    return softmax.result().to(query.dtype)
+            absent = codec.absent(view.pages[row, first : first + valid]).transpose(0, 1).flatten(1)
+            yield row, *pages, slots, absent
 
 
 def encode_pages(codec: PageCodec, k: torch.Tensor, v: torch.Tensor, center: Center | None) -> torch.Tensor:
@@ -71,22 +85,26 @@ def encode_pages(codec: PageCodec, k: torch.Tensor, v: torch.Tensor, center: Cen
     return codec.encode(k, v)
 
 
-def decode_pages(codec: PageCodec, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys `[..., H, P, Dk]`, without their constant part, and values `[..., H, P, Dv]` of `[..., page_bytes]`."""
-    return codec.decode(pages)
+def unpack_pages(codec: PageCodec, pages: torch.Tensor, side: int) -> torch.Tensor:
+    """What the codes of `pages [..., page_bytes]` say: `codec.restore` makes keys (`side=0`) or values of it.
+
+    Returns:
+        `[..., H, P, D]`; keys are without their constant part.
+    """
+    return codec.coordinates(pages, side)
 
 
 class OnlineSoftmax:
     """Running maximum, denominator and output of every query. Source: Milakov and Gimelshein, arXiv 1805.02867."""
 
-    def __init__(self, query, view, mask, scoring):
+    def __init__(self, query, view, mask, scoring, value_dim: int):
         batch, heads, steps, dim = query.shape
         self.view, self.mask, self.scoring, self.steps = view, mask, scoring, steps
         groups = heads // view.codec.heads
         self.query = query.float().reshape(batch, view.codec.heads, groups, steps, dim) * scoring.scaling
         self.top = self.query.new_full(self.query.shape[:-1], -torch.inf)
         self.total = torch.zeros_like(self.top)
-        self.mixed = self.query.new_zeros(*self.top.shape, view.codec.value_dim)
+        self.mixed = self.query.new_zeros(*self.top.shape, value_dim)
         if scoring.sink_logits is not None:
             logits = scoring.sink_logits.float().reshape(1, view.codec.heads, groups, 1)
             self.top = logits.expand_as(self.top).clone()

@@ -236,27 +236,16 @@ def encode_pages(codec: QuantizedPageCodec, k: torch.Tensor, v: torch.Tensor, ce
     return pages
 
 
-def unpack_codes(codec: QuantizedPageCodec, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels times scales of pages `[..., page_bytes]`: `[..., H, P, Dk]` and `[..., H, P, Dv]`, fp32.
-
-    Times a side's decode matrix, plus its mean, they are what `codec.decode` gives.
-    """
+def unpack_pages(codec: QuantizedPageCodec, pages: torch.Tensor, side: int) -> torch.Tensor:
+    """As `reference.unpack_pages`: levels times scales, `[..., H, P, D]` fp32."""
     flat = pages.contiguous().view(-1, codec.page_bytes)
-    outs, names = [], iter(codec.sections)
-    for side, table in zip((codec.key, codec.value), _tables(codec), strict=True):
-        out = torch.empty(*pages.shape[:-1], codec.heads, codec.page_size, side.dim, device=pages.device)
-        if len(flat):
-            unpack_kernel[len(flat), codec.heads](
-                flat, table.levels, table.widths, table.offsets, out, codec.page_bytes,
-                codec.sections[next(names)][0], codec.sections[next(names)][0],
-                H=codec.heads, D=side.dim, DP=_power(side.dim), UNIFORM=table.uniform,
-                NARROW=side.scale_bits == 8, num_warps=4,
-            )  # fmt: skip
-        outs.append(out)
-    return tuple(outs)
-
-
-def decode_pages(codec: QuantizedPageCodec, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.decode_pages`."""
-    sides = zip((codec.key, codec.value), unpack_codes(codec, pages), strict=True)
-    return tuple(x @ side.decode_matrix + side.mean[:, None] for side, x in sides)
+    vectors, table = (codec.key, codec.value)[side], _tables(codec)[side]
+    codes, scales = [at for at, _ in codec.sections.values()][2 * side :][:2]
+    out = torch.empty(*pages.shape[:-1], codec.heads, codec.page_size, vectors.dim, device=pages.device)
+    if len(flat):
+        unpack_kernel[len(flat), codec.heads](
+            flat, table.levels, table.widths, table.offsets, out, codec.page_bytes, codes, scales,
+            H=codec.heads, D=vectors.dim, DP=_power(vectors.dim), UNIFORM=table.uniform,
+            NARROW=vectors.scale_bits == 8, num_warps=4,
+        )  # fmt: skip
+    return out
