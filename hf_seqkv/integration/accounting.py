@@ -8,15 +8,17 @@ import torch
 
 from .layer import SeqKVLayer
 
+# What layers of `mixed.py` keep beside codes.
+MIXED = ("indexer_keys", "indexer_position_ids", "conv_states", "recurrent_states")
+
 
 def memory(cache) -> dict[str, int]:
     """See `SeqKVCache.memory`."""
     names = ("codes", "side_information", "sinks", "recent", "slack", "tables", "ids", "uncompressed")
     parts = dict.fromkeys(names, 0)
     for layer in cache.layers:
+        parts["uncompressed"] += _bytes(_uncompressed(layer))
         if not isinstance(layer, SeqKVLayer):
-            tensors = [x for x in vars(layer).values() if isinstance(x, torch.Tensor) and x.dim() > 0]
-            parts["uncompressed"] += _bytes(tensors)
             continue
         if not layer.is_initialized:
             continue
@@ -39,6 +41,15 @@ def memory(cache) -> dict[str, int]:
     parts["ids"] = _bytes(cache._ids)
     parts["total"] = sum(parts.values())
     return parts
+
+
+def _uncompressed(layer) -> list[torch.Tensor]:
+    """What a layer keeps that is not ours: all of a layer of another kind, states and indexer's keys of a mixed one."""
+    mine = vars(layer)
+    names = mine if not isinstance(layer, SeqKVLayer) else MIXED
+    found = [mine[name] for name in names if name in mine]
+    tensors = [x for value in found for x in (value.values() if isinstance(value, dict) else [value])]
+    return [x for x in tensors if isinstance(x, torch.Tensor) and x.dim() > 0]
 
 
 def bits_per_value(cache) -> float:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicCache
 
 from ..codec.page import PageCodec
 from ..config import SeqKVConfig
 from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
-from . import accounting, capture
+from . import accounting, capture, mixed
 from .codecs import calibration_of, page_codec
 from .latent import refuse_calibration, wrap_expansions
 from .layer import SeqKVLayer
@@ -59,14 +59,9 @@ class SeqKVCache(capture.Listener, DynamicCache):
         if self.seqkv_config.method == "calibrated":
             self.calibration = calibration_of(self.seqkv_config.calibration)
             self.calibration.check(model_facts(text_config))
-        others = set()
-        for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[index] = SeqKVLayer(self, index, self.seqkv_config)
-            elif type(layer) is DynamicSlidingWindowLayer:
-                self.layers[index] = SeqKVLayer(self, index, self.seqkv_config, layer.sliding_window)
-            else:
-                others.add(type(layer).__name__)
+        found = [mixed.coded(layer, self, index, self.seqkv_config) for index, layer in enumerate(self.layers)]
+        others = {type(layer).__name__ for layer, ours in zip(self.layers, found, strict=True) if ours is None}
+        self.layers = [ours or layer for layer, ours in zip(self.layers, found, strict=True)]
         if not self._coded():
             raise UnsupportedModelError(
                 f"{config.model_type}: no layer keeps plain keys and values ({', '.join(sorted(others))}); "
@@ -80,6 +75,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
                 SeqKVWarning,
                 stacklevel=2,
             )
+        self._refuse_partial_store(config.model_type)
         self._codecs: dict[tuple, PageCodec] = {}
         self._tables: dict[int, PositionTable | None] = {}
         self.model: torch.nn.Module | None = None
@@ -98,9 +94,17 @@ class SeqKVCache(capture.Listener, DynamicCache):
             )
         self.latent_shape = None
         if getattr(text_config, "kv_lora_rank", None):
-            self.latent_shape = (1, text_config.kv_lora_rank, text_config.qk_rope_head_dim)
+            self.latent_shape = (1, text_config.kv_lora_rank, getattr(text_config, "qk_rope_head_dim", None))
             if self.seqkv_config.method == "calibrated":
                 refuse_calibration(text_config.model_type)
+
+    def _refuse_partial_store(self, family: str) -> None:
+        kept = sorted({type(x).__name__ for x in self.layers if type(x) not in (SeqKVLayer, DummyLayer)})
+        if kept and self.seqkv_config.prefix_store is not None:
+            raise UnsupportedModelError(
+                f"{family}: layers of type {', '.join(kept)} keep more than keys and values, which a prefix store does "
+                "not hold; leave prefix_store out for this model"
+            )
 
     def bind(self, model: torch.nn.Module) -> None:
         """Meet the model that uses this cache: hook it, and compare its weights with the calibration's."""

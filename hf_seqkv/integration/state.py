@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.cache_utils import DummyLayer
 
 from ..errors import FormatError, UnsupportedOperationError
 from .cache import SeqKVCache
@@ -31,9 +32,9 @@ def state_of(cache: SeqKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     Raises:
         UnsupportedOperationError: A layer keeps something else than keys and values, or the cache is empty.
     """
-    other = sorted({type(x).__name__ for x in cache.layers if not isinstance(x, SeqKVLayer) and x.is_initialized})
+    other = sorted({type(x).__name__ for x in cache.layers if type(x) not in (SeqKVLayer, DummyLayer)})
     if other or not cache.get_seq_length():
-        what = f"layers of type {', '.join(other)} hold no plain keys and values" if other else "the cache is empty"
+        what = f"layers of type {', '.join(other)} keep more than keys and values" if other else "the cache is empty"
         raise UnsupportedOperationError(f"this cache has no state to keep: {what}")
     tables = cache._distinct_tables()
     tensors, layers = {}, []
