@@ -70,6 +70,14 @@ def test_pages_become_exact_once_there_are_tables(name, options, tmp_path, monke
                 assert torch.equal(a.pages[:, :8], b.pages[:, :8])
 
 
+def test_rows_that_begin_with_pages_of_different_forms(tmp_path):
+    """One from before there were tables beside one from after."""
+    with taught(tiny("qwen3"), tmp_path) as store:
+        rows = torch.cat([texts(5)[0], texts(5)[4]])
+        assert loaded(run(tiny("qwen3"), store, rows)) == 8
+        assert set(forms(store)) == {"hot", "exact", "tables"}
+
+
 def test_another_process_finds_them(tmp_path):
     model, ids = tiny("llama"), texts(5)[4]
     taught(model, tmp_path).close()
