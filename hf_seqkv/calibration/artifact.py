@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..codec import importance
 from ..codec.exact_tables import ExactTables
 from ..codec.page import QuantizedPageCodec
 from ..codec.sequence import SequenceCodec
@@ -39,15 +40,10 @@ CARD_NAME = "README.md"
 STEPS = 64  # quarter octaves either way: beyond a factor of 2**16 steps, sizes mean nothing
 
 
-def sequence_tensors(codec: SequenceCodec, profile: str) -> dict[str, torch.Tensor]:
-    """Tensors of a sequence codec, by name."""
-    found = {"tables": codec.tables.frequencies, "offsets": codec.offsets, "along": codec.along}
-    for index, part in enumerate(codec.parts):
-        prefix = f"{index // 2}.{SIDES[index % 2]}"
-        found |= {f"{prefix}.{name}": torch.as_tensor(getattr(part, name)) for name in SEQUENCE_PARTS}
-        if part.predictor is not None:
-            found[f"{prefix}.predictor"] = part.predictor.half()
-    return {f"sequence.{profile}.{name}": x.contiguous() for name, x in found.items()}
+def _part(heads: int, whole: int, rank: int) -> slice:
+    """Which of a layer's `whole` heads a rank of `heads` has: its own, or all where all have all."""
+    first = rank * heads if heads < whole else 0
+    return slice(first, first + heads)
 
 
 @dataclass(eq=False)
@@ -77,8 +73,10 @@ class SeqKVCalibration:
 
     # -- use -----------------------------------------------------------------------------------------------------
 
-    def page_codec(self, index: int, heads: int, key_dim: int, value_dim: int, page_size: int) -> QuantizedPageCodec:
-        """Codec of a layer's pages.
+    def page_codec(
+        self, index: int, heads: int, key_dim: int, value_dim: int, page_size: int, rank: int = 0, ranks: int = 1
+    ) -> QuantizedPageCodec:
+        """Codec of a layer's pages, of all its `heads` KV heads, or of those that rank `rank` of `ranks` has of them.
 
         Raises:
             CalibrationMismatchError: The layer has another shape.
@@ -86,17 +84,23 @@ class SeqKVCalibration:
         sides = []
         for side, dim in zip(SIDES, (key_dim, value_dim), strict=True):
             part = {name: self.tensors[f"{index}.{side}.{name}"] for name in PARTS}
-            if tuple(part["std"].shape) != (heads, dim):
+            if tuple(part["std"].shape) not in ((heads, dim), (heads * ranks, dim)):
                 raise CalibrationMismatchError(
                     f"{self.source}: layer {index} {side}s were calibrated for (KV heads, head dim) "
                     f"{tuple(part['std'].shape)}, the model has {(heads, dim)}; run `seqkv calibrate` for this model"
                 )
+            part = {name: x[_part(heads, len(x), rank)] for name, x in part.items()}
             decode = part["rotation"] * part["std"][..., None]
             encode = (part["rotation"] / part["std"][..., None]).transpose(1, 2).contiguous()
             levels = torch.nn.functional.pad(part["levels"], (0, 256 - part["levels"].shape[-1]))
             tables = (encode, decode, torch.zeros(heads, dim), part["widths"], levels)
             sides.append(VectorCodec(*tables, "fit", page_size, self.config["scale_bits"]))
         return QuantizedPageCodec(*sides)
+
+    def held(self, index: int, heads: int, rank: int = 0) -> torch.Tensor | None:
+        """Weights by which a layer holds tokens dense, arguments as in `page_codec`; ranks add up their scores."""
+        weights, whole = self.tensors.get(f"{index}.held"), len(self.tensors[f"{index}.key.std"])
+        return None if weights is None else importance.of_heads(weights, whole, _part(heads, whole, rank))
 
     def sequence_codec(self, profile: str = "full", step: int | str = 0) -> SequenceCodec:
         """The sequence codec of a profile, `"full"` or `"light"`.

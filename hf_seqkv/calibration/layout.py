@@ -35,6 +35,7 @@ import torch
 from ..codec import importance
 from ..codec.deadzone import OFFSETS
 from ..codec.importance import LEVELS
+from ..codec.sequence import SequenceCodec
 from ..codec.sequence_part import CLASSES, LADDER
 from ..codec.symbol_tables import ESCAPE
 from ..errors import FormatError
@@ -42,6 +43,17 @@ from ..errors import FormatError
 SIDES = ("key", "value")
 PARTS = ("rotation", "std", "widths", "levels")
 SEQUENCE_PARTS = ("bias", "synthesis", "sizes", "refined", "importance", "share")
+
+
+def sequence_tensors(codec: SequenceCodec, profile: str) -> dict[str, torch.Tensor]:
+    """Tensors of a sequence codec, by name."""
+    found = {"tables": codec.tables.frequencies, "offsets": codec.offsets, "along": codec.along}
+    for index, part in enumerate(codec.parts):
+        prefix = f"{index // 2}.{SIDES[index % 2]}"
+        found |= {f"{prefix}.{name}": torch.as_tensor(getattr(part, name)) for name in SEQUENCE_PARTS}
+        if part.predictor is not None:
+            found[f"{prefix}.predictor"] = part.predictor.half()
+    return {f"sequence.{profile}.{name}": x.contiguous() for name, x in found.items()}
 
 
 def check_shapes(tensors: dict[str, torch.Tensor], config: dict[str, Any], source: str) -> None:

@@ -32,6 +32,16 @@ def count(heads: int, dim: int) -> int:
     return heads * dim + 4 * heads + 3
 
 
+def of_heads(weights: torch.Tensor, heads: int, part: slice) -> torch.Tensor:
+    """Weights `[F]` for the features of some of the `heads` heads alone; scores of all parts add up to the whole.
+
+    What is not of a head, the position and the one, counts in the part that has the first head.
+    """
+    keys, sizes, rest = weights.split([len(weights) - 4 * heads - 3, 4 * heads, 3])
+    own = keys.view(heads, -1)[part].flatten(), sizes.view(4, heads)[:, part].flatten()
+    return torch.cat([*own, rest if part.start == 0 else torch.zeros_like(rest)])
+
+
 def levels(found: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Levels of tokens, `features` `[n, F]` and fitted weights `[F]` to `[n]` int64, 0 to `LEVELS`."""
     return (found @ weights).round().clamp(0, LEVELS).long()

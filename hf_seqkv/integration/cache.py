@@ -21,6 +21,7 @@ from .layer import SeqKVLayer
 from .model_facts import model_facts, weights_fingerprint
 from .positions import PositionTable
 from .recorder import Recorder
+from .shards import WHOLE, shard_of
 
 ROTARY_BITS = 8  # of the rotary keys beside latents: an eighth of the components, and part of every head's score
 JOINED = 256  # forwards whose token ids are kept apart: joining them takes time, many small tensors memory
@@ -79,6 +80,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
         self._codecs: dict[tuple, PageCodec] = {}
         self._tables: dict[int, PositionTable | None] = {}
         self.model: torch.nn.Module | None = None
+        self.shard = WHOLE  # of the model's KV heads
         self._ids: list[torch.Tensor] = []  # of forwards in turn
         # Cosines and sines: what removes the constant part of keys, or undoes RoPE, needs them.
         self.tracks_positions = self.centers_keys
@@ -108,7 +110,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
 
     def bind(self, model: torch.nn.Module) -> None:
         """Meet the model that uses this cache: hook it, and compare its weights with the calibration's."""
-        self.model = model
+        self.model, self.shard = model, shard_of(model)
         capture.attach(model, self)
         wrap_expansions(model)
         store = self.seqkv_config.prefix_store
@@ -124,8 +126,8 @@ class SeqKVCache(capture.Listener, DynamicCache):
 
     def __deepcopy__(self, memo):
         # Codecs, calibration and configs are immutable and shared.
-        for shared in (self.model, self.model_config, self.seqkv_config, self.calibration, *self._codecs.values()):
-            memo[id(shared)] = shared
+        shared = (self.model, self.model_config, self.seqkv_config, self.calibration, self.shard)
+        memo |= {id(x): x for x in (*shared, *self._codecs.values())}
         memo[id(self)] = new = self.__class__.__new__(self.__class__)
         new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         capture.attach_on_first_call(new)
@@ -139,7 +141,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
         key = (*shape, device, *{"calibrated": (index,), "dense": (dtype,)}.get(method, ()))
         if key not in self._codecs:
             rest = ROTARY_BITS if shape == self.latent_shape else self.seqkv_config.value_bits
-            made = page_codec(self.seqkv_config, self.calibration, index, shape, dtype, rest)
+            made = page_codec(self.seqkv_config, self.calibration, index, shape, dtype, rest, self.shard)
             self._codecs[key] = made.to(device)
         return self._codecs[key]
 
@@ -204,7 +206,8 @@ class SeqKVCache(capture.Listener, DynamicCache):
 
     def importance(self, index: int, device) -> torch.Tensor | None:
         """Weights of `codec.importance.features` by which a layer holds tokens dense; None where it holds none."""
-        weights = None if self.calibration is None else self.calibration.tensors.get(f"{index}.held")
+        heads, rank = self.layers[index].codec.heads, self.shard.rank
+        weights = None if self.calibration is None else self.calibration.held(index, heads, rank)
         return None if weights is None else weights.to(device)
 
     def before_pages(self, index: int, rows: list[int], first: int, slot: int, k, v):
@@ -266,7 +269,10 @@ class SeqKVCache(capture.Listener, DynamicCache):
     # -- accounting ----------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> int:
-        """Write the session to a file, from which `load` wakes it bit-identical; returns its bytes. See `sleep.py`."""
+        """Write the session to a file (one a rank), from which `load` wakes it bit-identical; returns its bytes.
+
+        See `sleep.py`.
+        """
         from .sleep import save
 
         return save(self, path)

@@ -8,11 +8,14 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from ..calibration.artifact import SeqKVCalibration
 from ..calibration.hub import TENSORS_NAME
 from ..codec.page import DensePageCodec, PageCodec, QuantizedPageCodec
 from ..codec.vector import VectorCodec
 from ..config import SeqKVConfig
+from .shards import Shard
 
 T = TypeVar("T")
 
@@ -51,19 +54,26 @@ def kept(calibration, key: Hashable, make: Callable[[], T]) -> T:
 
 
 def page_codec(
-    config: SeqKVConfig, calibration, index: int, shape: tuple[int, int, int], dtype, value_bits: int | None
+    config: SeqKVConfig,
+    calibration,
+    index: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    value_bits: int | None,
+    shard: Shard,
 ) -> PageCodec:
     """Page codec of layer `index`, whose tokens have a shape of KV heads, key and value components, on the CPU.
 
     Args:
         dtype: Of dense pages.
         value_bits: Of codes that need no calibration, where keys have `config.key_bits`.
+        shard: Whose heads they are.
     """
     heads, *dims = shape
     if config.method == "dense":
         return DensePageCodec(config.page_size, *shape, dtype)
     if config.method == "calibrated":
-        size = (index, *shape, config.page_size)
+        size = (index, *shape, config.page_size, shard.rank, shard.ranks)
         return kept(calibration, size, lambda: calibration.page_codec(*size))
     same = {name: getattr(config, name) for name in ("rotation", "codebook", "scale", "scale_bits", "seed")}
     sides = zip(dims, (config.key_bits, value_bits), strict=True)

@@ -6,8 +6,9 @@ import hashlib
 
 from tqdm.auto import tqdm
 
-from ..calibration.artifact import FORMAT_VERSION, SIDES, SeqKVCalibration, sequence_tensors
+from ..calibration.artifact import FORMAT_VERSION, SeqKVCalibration
 from ..calibration.fit import fit_held, fit_side
+from ..calibration.layout import SIDES, sequence_tensors
 from ..calibration.overlap import TENSOR as SHINGLES
 from ..calibration.overlap import shingles
 from ..calibration.sequence_fit import PROFILES, Ingredients, fit_sequence

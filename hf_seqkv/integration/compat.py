@@ -19,6 +19,7 @@ What the modules beside this one do only because transformers leaves no other wa
 - `attention`: "eager" is looked up in the model's file and probed. Drop when it is registered like the others.
 - `layer`: `keys` and `values` are rebuilt for models that read them. Drop when these call a method.
 - `cache`: is a `DynamicCache`, because upstream asks for that class. Drop when it asks what a cache can do.
+- `shards`: a model's `_device_mesh` is read, or that of its weights. Drop when a cache is told its rank.
 - `continuous`: refuses. Drop when an allocator is given positions and whole blocks.
 """
 

@@ -20,6 +20,7 @@ from ..codec.center import rotate
 from ..errors import ConfigError, SeqKVWarning, UnsupportedModelError
 from .cache import SeqKVCache
 from .latent import refuse_calibration
+from .shards import shard_of
 from .tap import Tap, embed, run_window
 
 SINKS = 4  # first tokens of a window: kept dense by a cache, and unlike all others
@@ -123,8 +124,14 @@ def gather(
 
     Raises:
         ConfigError: Windows too short for gradients.
-        UnsupportedModelError: A model whose layers cannot be coded.
+        UnsupportedModelError: A model whose layers cannot be coded, or one that several processes share.
     """
+    ranks = shard_of(model).ranks
+    if ranks > 1:
+        raise UnsupportedModelError(
+            f"{ranks} processes share this model (tensor parallelism), each sees some of its KV heads; calibrate it "
+            "in one process (device_map='auto' spreads it over devices): any number of ranks can use the calibration"
+        )
     config = model.config.get_text_config(decoder=True)
     probe = SeqKVCache(config=config, method="turboquant")  # refuses what cannot be coded
     if probe.latent_shape is not None:

@@ -11,11 +11,12 @@ import torch
 from ..codec.center import rotate
 from ..codec.importance import features
 from ..kernels.interface import SideTable
+from .shards import Shard
 
 _PARKED = -2  # slot `s` is stored as `_PARKED - s` while its token is in the dense window, after a crop
 
 
-def important(weights: torch.Tensor, k, v, rows: torch.Tensor, interleaved: bool, positions) -> torch.Tensor:
+def important(weights: torch.Tensor, k, v, rows, interleaved: bool, positions, shard: Shard) -> torch.Tensor:
     """Tokens of pages whose score is above 0, `[B, N, P]` bool.
 
     Args:
@@ -23,11 +24,12 @@ def important(weights: torch.Tensor, k, v, rows: torch.Tensor, interleaved: bool
         k, v: `[B, N, H, P, D]`, keys after RoPE.
         rows: Cosines and sines of the tokens, `[B, N * P, 2 * half]`.
         positions: `[B, N * P]`.
+        shard: Of the layer's heads: what all ranks see of a token counts, so that all hold the same ones.
     """
     shape = (len(k), k.shape[1], k.shape[3])
     plain = rotate(k.float(), rows.unflatten(1, shape[1:])[:, :, None], interleaved, inverse=True)
     tokens = [x.transpose(2, 3).flatten(0, 2) for x in (plain, v.float())]  # [B * N * P, H, D]
-    return (features(*tokens, positions.flatten()) @ weights > 0).view(shape)
+    return (shard.sum(features(*tokens, positions.flatten()) @ weights) > 0).view(shape)
 
 
 class HeldTokens:

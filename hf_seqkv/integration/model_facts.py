@@ -8,6 +8,7 @@ import weakref
 import torch
 
 from .placement import weights
+from .shards import local, shard_of, whole
 
 
 def model_facts(text_config) -> dict:
@@ -38,6 +39,7 @@ def model_fingerprint(model: torch.nn.Module) -> bytes:
     """32 bytes that tell apart models whose keys and values differ: all weights, their dtype, active adapters.
 
     Of every tensor a sample of 256 numbers is read, each time: nothing tells for sure that a weight was not written to.
+    Where ranks share the model they call this together, each samples its own, and all get the same.
     """
     facts = sorted(model_facts(model.config.get_text_config(decoder=True)).items())
     # Layers of peft: which adapters are on, and how strongly, is no weight.
@@ -48,10 +50,11 @@ def model_fingerprint(model: torch.nn.Module) -> bytes:
     ]
     digest = hashlib.sha256(repr((facts, adapters)).encode())
     for name, tensor in weights(model):
-        flat = tensor.flatten()
+        flat = local(tensor).flatten()
         sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous().view(torch.uint8)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.digest()
+    parts = shard_of(model).gather(digest.digest())
+    return parts[0] if len(parts) == 1 else hashlib.sha256(b"".join(parts)).digest()
 
 
 def _projects(name: str, tensor: torch.Tensor) -> bool:
@@ -64,13 +67,14 @@ _FINGERPRINTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 over a sample of the attention projections: tells weights of one shape apart.
 
-    Rounded to bfloat16, so that a model loaded in float32 and in bfloat16 is the same.
+    Rounded to bfloat16, so that a model loaded in float32 and in bfloat16 is the same. So is one that ranks share: they
+    call this together, and the first time gather those weights, one at a time.
     """
     if model in _FINGERPRINTS:
         return _FINGERPRINTS[model]
     digest = hashlib.sha256()
     for name, tensor in weights(model, _projects):
-        flat = tensor.flatten()
+        flat = whole(tensor).flatten()
         sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.bfloat16)
         digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return _FINGERPRINTS.setdefault(model, digest.hexdigest())

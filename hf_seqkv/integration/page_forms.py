@@ -25,7 +25,8 @@ class PageForms:
 
     Args:
         model: Gives the embeddings that `exact` predicts from.
-        learned: Gives tables for `exact` where the cache's calibration has none; None leaves it to codebooks alone.
+        learned: Gives tables for `exact` where the cache's calibration has none for it; None leaves it to codebooks
+            alone.
     """
 
     def __init__(self, cache, model: torch.nn.Module, learned: Callable[[], LearnedTables] | None = None):
@@ -91,10 +92,15 @@ class PageForms:
             for index, shape, _ in facts["layers"]
         ]
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the cache's calibration has tables for `exact`, that are of use: they predict across all heads."""
+        calibration = self.cache.calibration
+        return calibration is not None and "exact.flags" in calibration.tensors and self.cache.shard.ranks == 1
+
     def codec(self, facts: dict[str, Any]) -> ExactCodec:
         """The `exact` codec of layers of these shapes."""
-        codecs, calibration, tables = self._codecs(facts), self.cache.calibration, None
-        fitted = calibration is not None and "exact.flags" in calibration.tensors
+        codecs, calibration, fitted, tables = self._codecs(facts), self.cache.calibration, self.fitted, None
         if not fitted and self.learned is not None:
             tables = self.learned().find(codecs)
 

@@ -186,7 +186,7 @@ class PagedTokens:
         angles = torch.stack([table.tokens(row, slot, count * size) for row in rows])
         place = torch.arange(slot, slot + count * size, device=k.device)
         positions = torch.stack([place - self.start[row] for row in rows])
-        chosen = important(self.importance, k, v, angles, table.interleaved, positions)
+        chosen = important(self.importance, k, v, angles, table.interleaved, positions, self.cache.shard)
         for i, row in enumerate(rows):
             chosen[i].view(-1)[: max(0, self._page_slot(row, self.counts[row]) + self.kept[row] - slot)] = False
         self.codec.vacate(pages, chosen)

@@ -11,7 +11,7 @@ import weakref
 
 import torch
 
-from ..codec.center import page_starts, relative_table
+from ..codec.center import expand_rows, page_starts, relative_table
 
 
 class PositionTable:
@@ -86,6 +86,16 @@ class PositionTable:
             self.counts[row] = last
         return self.starts[row, first:last]
 
+    def counts_from_zero(self, row: int, last: int, sinks: int) -> bool:
+        """Whether a row's tokens up to page `last` are at positions 0, 1, 2, ..., `sinks` of them before its pages."""
+        begin, turn = self.starts[row, 0], self.relative[min(sinks, len(self.relative) - 1)]
+        size = begin.unflatten(0, (2, -1)).square().sum(0).sqrt().repeat(2)
+        if sinks < len(self.relative) and not torch.allclose(begin, turn * size, atol=0.02):
+            return False
+        # Every page is the one before it, turned by its tokens; a page that is not of one run has no turn at all.
+        turned = expand_rows(expand_rows(self.starts[row, : last - 1], self.relative[-1:])[:, 0], self.relative[1:2])
+        return torch.allclose(self.starts[row, 1:last], turned[:, 0], atol=0.02 * size.max().item())
+
     def crop(self, end: int, pages: list[int]) -> None:
         """Forget slots from `end` on and, of each row, pages from `pages[row]` on."""
         if self.rows is None:
@@ -103,3 +113,15 @@ class PositionTable:
             self.rows, self.starts = self.rows[at], self.starts[at]
             self.counts = [self.counts[i] for i in index.tolist()]
             self._source = None
+
+
+def first_slots(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int] | None:
+    """Slot of every row's first token; None where a mask is not just left padding."""
+    if mask is None:
+        return [0] * len(ids)
+    if mask.shape != ids.shape:
+        return None
+    real = mask.cpu() != 0
+    pads = (~real).sum(1)
+    plain = torch.arange(ids.shape[1]) >= pads[:, None]
+    return pads.tolist() if bool((real == plain).all()) else None

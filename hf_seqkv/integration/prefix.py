@@ -12,11 +12,12 @@ import functools
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from ..codec.center import expand_rows
 from ..errors import ConfigError, FormatError, SeqKVWarning
 from ..store.keys import page_key, scope_key
 from ..store.planner import PREFILL, Plan, plan
@@ -25,8 +26,10 @@ from . import learned_tables, records
 from .codecs import kept
 from .model_facts import model_fingerprint
 from .page_forms import PageForms
+from .positions import first_slots
 from .recorder import Pages, Recorder
 from .refill import Row, fill, fill_decoded
+from .sequence_pages import refuse_ranks
 from .surprise import surprise
 from .tap import embed
 
@@ -43,6 +46,8 @@ def open_store(url: str) -> PrefixStore:
 class Prefixes:
     """Loads and stores the pages of one cache.
 
+    Ranks that share a model (`shards.py`) have pages of their own, and load as many as all of them can.
+
     Args:
         cache: Empty, bound to `model`.
         store: Or its URL.
@@ -54,7 +59,8 @@ class Prefixes:
     def __init__(self, cache, model: torch.nn.Module, store: PrefixStore | str):
         self.cache, self.model = cache, model
         self.store = store if isinstance(store, PrefixStore) else open_store(str(store))
-        self.forms = PageForms(cache, model, lambda: learned_tables.of(self.store, self.scope))
+        self.forms = self._page_forms()
+        self._scope = b""  # of the pages last looked for or made; what runs in the background reads this one
         self.sequence = None
         self.plan: Plan | None = None  # of the last prefill
         self.loaded = 0  # slots that were filled
@@ -66,15 +72,26 @@ class Prefixes:
         if self.form == "sequence":
             if cache.calibration is None:
                 raise ConfigError("form='sequence' needs calibration=...; give one, or take form='hot' or 'exact'")
+            refuse_ranks(cache)
             chosen = PROFILE, self.store.preset
             self.sequence = kept(cache.calibration, chosen, lambda: cache.calibration.sequence_codec(*chosen))
+        tables = () if cache.calibration is None else cache.calibration.tensors
+        if self.form == "exact" and "exact.flags" in tables and not self.forms.fitted:
+            self._say(
+                "the calibration's tables of form='exact' predict across all KV heads, of which each rank of a "
+                "tensor-parallel model has its own: the store learns tables for each rank, pages are hot until then"
+            )
         cache.recorder = Recorder(cache, self.sequence)
         cache.tracks_positions = True
 
     def __deepcopy__(self, memo) -> Prefixes:
         new = Prefixes.__new__(Prefixes)
         new.__dict__ = self.__dict__ | {"cache": memo[id(self.cache)]}
+        new.forms = new._page_forms()
         return new
+
+    def _page_forms(self) -> PageForms:
+        return PageForms(self.cache, self.model, lambda: learned_tables.of(self.store, self._scope))
 
     @functools.cached_property
     def _options(self) -> str:
@@ -84,14 +101,15 @@ class Prefixes:
 
     @property
     def scope(self) -> bytes:
-        """32 bytes of all but token ids that decides what pages hold."""
-        calibration, sequence = self.cache.calibration, self.sequence
+        """32 bytes of all but token ids that decides what pages hold; ranks that share the model ask together."""
+        calibration, sequence, shard = self.cache.calibration, self.sequence, self.cache.shard
         return scope_key(
             namespace=self.store.namespace,
             model=model_fingerprint(self.model),
             options=self._options if calibration is None else calibration.fingerprint.hex(),
             windows=repr((self.cache.seqkv_config.n_sink, self.cache.seqkv_config.page_size)),
             sequence=None if sequence is None else f"{sequence.fingerprint.hex()} {sequence.step}",
+            **({} if shard.ranks == 1 else {"rank": shard.rank, "ranks": shard.ranks}),
         )
 
     def _split(self, ids: Sequence[int]) -> list[list[int]]:
@@ -111,39 +129,51 @@ class Prefixes:
             ids: `[B, T]`.
             mask: `[B, T]`, zeros for left padding.
         """
-        starts = _starts(ids, mask)
+        starts = first_slots(ids, mask)
         if starts is None or self.cache.get_seq_length():
             return 0
         self.store.flush()
-        begun, scope, size = time.perf_counter(), self.scope, self.cache.seqkv_config.page_size
+        begun, size, shard = time.perf_counter(), self.cache.seqkv_config.page_size, self.cache.shard
+        scope = self._scope = self.scope
         rows = [row[start:] for row, start in zip(ids.tolist(), starts, strict=True)]
         pages = [self._split(row[:-1]) for row in rows]
         known = {tuple(row): self.store.find(scope, split) for row, split in zip(rows, pages, strict=True)}
         keys = [known[tuple(row)] for row in rows]
         self.plan = plan(min(map(len, keys)), size, ids.shape[1], self.store.rates(), self.form)
+        least, *counts = shard.least(self.plan.load, *map(len, keys))
+        if least < self.plan.load:
+            self.plan = replace(self.plan, load=least, why=f"{least} pages, all that a rank has or wants to load")
         logger.info("prefix store: %s", self.plan.why)
         if not self.plan.load:
             return 0
-        most = max(map(len, keys)) if self.plan.load == min(map(len, keys)) else self.plan.load
-        keys = [row[:most] for row in keys]
-        try:
-            self.loaded = self._fill(keys, starts, pages, ids.cpu())
-        except Exception as error:  # whatever a stored page holds, the worst it does is a prefill
+        most = max(counts) if self.plan.load == min(counts) else self.plan.load
+        keys = [row[: min(most, count)] for row, count in zip(keys, counts, strict=True)]
+        each = dict.fromkeys(key for row in keys for key in row)
+        read = self._or_drop(each, lambda: self._within_reach({key: self._read(key) for key in each}), {})
+        missing = [next((n for n, key in enumerate(row) if read.get(key) is None), len(row)) for row in keys]
+        chains = [row[:count] for row, count in zip(keys, shard.least(*missing), strict=True)]
+        filled = 0
+        if min(map(len, chains)):
+            filled = self._or_drop(each, lambda: self._fill(read, chains, starts, pages, ids.cpu()), 0)
+        self.loaded = shard.least(filled)[0]
+        if self.loaded < filled:
             self.cache.reset()
-            for key in {key for row in keys for key in row}:
-                self.store.drop(key)
-            self._say(f"stored pages are dropped and prefilled instead: {error}")
-            return 0
         if self.loaded:
-            read = len({key for row in keys for key in row})
-            self.store.note_rate(self.form, read, time.perf_counter() - begun)
+            self.store.note_rate(self.form, len(each), time.perf_counter() - begun)
         return self.loaded
 
-    def _fill(self, keys: list[list[bytes]], starts: list[int], pages: list[list[list[int]]], ids) -> int:
-        read = self._within_reach({key: self._read(key) for key in dict.fromkeys(key for row in keys for key in row)})
-        chains = [row[: next((n for n, key in enumerate(row) if read[key] is None), len(row))] for row in keys]
-        if not min(map(len, chains)):
-            return 0
+    def _or_drop(self, keys: Iterable[bytes], job: Callable[[], Any], otherwise: Any) -> Any:
+        """What a job makes of stored pages; whatever they hold, the worst they do is a prefill."""
+        try:
+            return job()
+        except Exception as error:
+            self.cache.reset()
+            for key in keys:
+                self.store.drop(key)
+            self._say(f"stored pages are dropped and prefilled instead: {error}")
+            return otherwise
+
+    def _fill(self, read, chains: list[list[bytes]], starts: list[int], pages: list[list[list[int]]], ids) -> int:
         tables = read[chains[0][0]].facts["tables"]
         if any(starts) and not any(half for half, _ in tables):
             return 0  # without RoPE nothing tells whether positions count from a row's first token
@@ -223,7 +253,7 @@ class Prefixes:
                 "pages are not stored: they are known by token ids, and the model was given more, or something else"
             )
             return
-        facts, bits = records.facts_of(self.cache), surprise(self.model, hidden, ids)
+        facts, bits, self._scope = records.facts_of(self.cache), surprise(self.model, hidden, ids), self.scope
         starts = self.cache._coded()[0].start
         for pages in found:
             start = starts[pages.row]
@@ -233,7 +263,7 @@ class Prefixes:
                 continue
             tokens = self._split(ids[pages.row, start:].tolist())[:last]
             told = None if bits is None else (bits[0] - start, bits[1][pages.row])
-            self.store.submit(functools.partial(self._store, pages, tokens, facts, told))
+            self.store.submit(functools.partial(self._store, self._scope, pages, tokens, facts, told))
 
     def _say(self, what: str) -> None:
         if what not in self._said:
@@ -244,22 +274,11 @@ class Prefixes:
         """Whether a row's tokens up to page `last` are at positions 0, 1, 2, ..., as far as RoPE tells."""
         sinks = self.cache.seqkv_config.n_sink
         tables = [table for table in self.cache._distinct_tables() if table.half]
-        for table in tables:
-            begin, turn = table.starts[row, 0], table.relative[min(sinks, len(table.relative) - 1)]
-            size = begin.unflatten(0, (2, -1)).square().sum(0).sqrt().repeat(2)
-            if sinks < len(table.relative) and not torch.allclose(begin, turn * size, atol=0.02):
-                return False
-            # Every page is the one before it, turned by its tokens; a page that is not of one run has no turn at all.
-            turned = expand_rows(
-                expand_rows(table.starts[row, : last - 1], table.relative[-1:])[:, 0], table.relative[1:2]
-            )
-            if not torch.allclose(table.starts[row, 1:last], turned[:, 0], atol=0.02 * size.max().item()):
-                return False
-        return bool(tables) or start == 0
+        return all(table.counts_from_zero(row, last, sinks) for table in tables) if tables else start == 0
 
-    def _store(self, pages: Pages, tokens: list[list[int]], facts, bits) -> None:
+    def _store(self, scope: bytes, pages: Pages, tokens: list[list[int]], facts, bits) -> None:
         """Store pages of one row, whose token ids are the last of `tokens`."""
-        size, scope, parent = self.cache.seqkv_config.page_size, self.scope, b""
+        size, parent = self.cache.seqkv_config.page_size, b""
         for page in tokens[: pages.first]:
             parent = page_key(scope, parent, page)
         mine, form = tokens[pages.first :], self.form
@@ -274,15 +293,3 @@ class Prefixes:
             parent = self.store.put(scope, parent, mine[n], payload, form=form, bits=known)
             if parent is None:
                 return
-
-
-def _starts(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int] | None:
-    """Slot of every row's first token; None where a mask is not just left padding."""
-    if mask is None:
-        return [0] * len(ids)
-    if mask.shape != ids.shape:
-        return None
-    real = mask.cpu() != 0
-    pads = (~real).sum(1)
-    plain = torch.arange(ids.shape[1]) >= pads[:, None]
-    return pads.tolist() if bool((real == plain).all()) else None

@@ -12,7 +12,7 @@ from ..calibration.artifact import SeqKVCalibration
 from .cache import SeqKVCache
 from .codecs import kept
 from .model_facts import model_facts
-from .sequence_pages import SequencePages
+from .sequence_pages import SequencePages, refuse_ranks
 
 
 class SequenceCache(SeqKVCache):
@@ -25,7 +25,8 @@ class SequenceCache(SeqKVCache):
         **options: Fields of `SeqKVConfig`: what holds the decoded tokens, dense pages unless said otherwise.
 
     Raises:
-        ConfigError: The calibration has no such codec, or an option is invalid.
+        ConfigError: The calibration has no such codec, or an option is invalid; when it is bound, that ranks share the
+            model.
         CalibrationMismatchError: It was made for another model.
     """
 
@@ -37,6 +38,10 @@ class SequenceCache(SeqKVCache):
         self.coder = SequencePages(self, self.sequence)
         self.stored: list[bytes] = []
         self._values = 0
+
+    def bind(self, model) -> None:
+        super().bind(model)
+        refuse_ranks(self)
 
     def reset(self) -> None:
         super().reset()

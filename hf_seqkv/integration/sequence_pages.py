@@ -6,8 +6,17 @@ import torch
 
 from ..codec.center import rotate
 from ..codec.sequence import SequenceCodec, SequenceEncoder
-from ..errors import UnsupportedOperationError
+from ..errors import ConfigError, UnsupportedOperationError
 from .tap import embed
+
+
+def refuse_ranks(cache) -> None:
+    """Raise `ConfigError` where ranks share the model of a bound cache."""
+    if cache.shard.ranks > 1:
+        raise ConfigError(
+            "the sequence codec codes all KV heads of a layer together, of which each rank of a tensor-parallel model "
+            "has its own; store pages with form='hot' or 'exact', or load the model in one process"
+        )
 
 
 class SequencePages:

@@ -3,10 +3,15 @@
 A session file is a bundle (`store/bundle.py`) of the cache's state (`state.py`). Pages that all layers hold are coded
 by the `exact` codec, page by page of each row: `exact.{row}` uint8 has them in turn; what is left of `{i}.pages` are
 those that only layers without a sliding window still hold, and `{i}.tail` those that a crop has cut.
+
+Ranks that share a model (`shards.py`) write a file each, with `.rank0-of-2` and so on behind its name; all of them must
+save, and load. Their facts tell which `shard` a file is of, and by a common digest that they are of one `session`.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -21,13 +26,14 @@ from . import records
 from .cache import SeqKVCache
 from .model_facts import model_fingerprint
 from .page_forms import PageForms
+from .shards import Shard, shard_of
 from .state import set_state, state_of
 
 VERSION = 1
 
 
 def save(cache: SeqKVCache, path: str | Path) -> int:
-    """Write a session; an older file at `path` is replaced once the new one is whole. Returns its bytes.
+    """Write a session; an older file at `path` is replaced once the new one is whole. Returns the file's bytes.
 
     Args:
         cache: One that its model has run with.
@@ -42,8 +48,12 @@ def save(cache: SeqKVCache, path: str | Path) -> int:
     facts["calibration"] = None if cache.calibration is None else cache.calibration.fingerprint.hex()
     if cache.seqkv_config.method != "dense" and cache.ids is not None and cache.tracks_positions:
         _encode(cache, tensors, facts)
-    data = bundle.pack(tensors, facts)
-    write_file(Path(path), data)
+    data, shard = bundle.pack(tensors, facts), cache.shard
+    if shard.ranks > 1:
+        digests = shard.gather(hashlib.sha256(data).digest())
+        facts |= {"shard": [shard.rank, shard.ranks], "session": hashlib.sha256(b"".join(digests)).hexdigest()}
+        data = bundle.pack(tensors, facts)
+    write_file(shard.path(path), data)
     return len(data)
 
 
@@ -57,32 +67,53 @@ def load(
 
     Raises:
         FormatError: The file is truncated, damaged, foreign, or of another version.
-        CalibrationMismatchError: It was made with another model or calibration.
+        CalibrationMismatchError: It was made with another model or calibration, or by other ranks.
         FileNotFoundError: There is none.
+        SeqKVError: Another rank failed.
     """
-    tensors, facts = bundle.unpack(Path(path).read_bytes(), f"session {os.fspath(path)!r}")
+    shard, fingerprint = shard_of(model), model_fingerprint(model).hex()
+    with shard.together():
+        tensors, facts = _read(path, shard)
+        if facts["model"] != fingerprint:
+            raise CalibrationMismatchError(
+                f"{path} was saved with another model, dtype or adapter (fingerprint {facts['model'][:12]}, this model "
+                f"{fingerprint[:12]}); load it with the one it was made with"
+            )
+        options = facts["config"] | ({} if calibration is None else {"calibration": calibration})
+        cache = SeqKVCache(config=model.config.get_text_config(decoder=True), **options)
+        found = None if cache.calibration is None else cache.calibration.fingerprint.hex()
+        if found != facts["calibration"]:
+            raise CalibrationMismatchError(
+                f"{path} was saved with another calibration ({facts['calibration'][:12]}) than "
+                f"{options['calibration']}; give the one it was made with as calibration=..."
+            )
+    if len(set(shard.gather(bytes.fromhex(facts.get("session", ""))))) > 1:
+        raise FormatError(f"the files of {path} are of different sessions: a rank failed to save; drop them")
+    cache.bind(model)
+    with shard.together():
+        if "exact" in facts:
+            _decode(cache, tensors, facts)
+        set_state(cache, tensors, facts)
+    return cache
+
+
+def _read(path: str | Path, shard: Shard) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and facts of a session, from this rank's file."""
+    file, mine = shard.path(path), [shard.rank, shard.ranks]
+    rule = f"as many ranks load a session as saved it, each its own file; this is rank {shard.rank} of {shard.ranks}"
+    if not file.exists():
+        others = Path(path).parent.glob(f"{glob.escape(Path(path).name)}.rank*-of-*")
+        found = [str(x) for x in (Path(path), *sorted(others)) if x.exists()]
+        if found:
+            raise CalibrationMismatchError(f"there is no {file}, but {', '.join(found)}: {rule}")
+    tensors, facts = bundle.unpack(file.read_bytes(), f"session {os.fspath(file)!r}")
     if facts.get("version") != VERSION:
         raise FormatError(
-            f"{path} is no session of version {VERSION} ({facts.get('version')!r}); see hf_seqkv's version"
+            f"{file} is no session of version {VERSION} ({facts.get('version')!r}); see hf_seqkv's version"
         )
-    if facts["model"] != model_fingerprint(model).hex():
-        raise CalibrationMismatchError(
-            f"{path} was saved with another model, dtype or adapter (fingerprint {facts['model'][:12]}, this model "
-            f"{model_fingerprint(model).hex()[:12]}); load it with the one it was made with"
-        )
-    options = facts["config"] | ({} if calibration is None else {"calibration": calibration})
-    cache = SeqKVCache(config=model.config.get_text_config(decoder=True), **options)
-    found = None if cache.calibration is None else cache.calibration.fingerprint.hex()
-    if found != facts["calibration"]:
-        raise CalibrationMismatchError(
-            f"{path} was saved with another calibration ({facts['calibration'][:12]}) than {options['calibration']}; "
-            "give the one it was made with as calibration=..."
-        )
-    cache.bind(model)
-    if "exact" in facts:
-        _decode(cache, tensors, facts)
-    set_state(cache, tensors, facts)
-    return cache
+    if facts.get("shard", [0, 1]) != mine:
+        raise CalibrationMismatchError(f"{file} was saved by rank {' of '.join(map(str, facts['shard']))}: {rule}")
+    return tensors, facts
 
 
 def _encode(cache: SeqKVCache, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
