@@ -4,6 +4,7 @@ The folder has the model, a calibration, and what one process made of them (`tes
 there what went wrong, by check.
 """
 
+import copy
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from models import LOSSLESS, SMALL, prompt
 from test_calibration import TEXT, Words
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed import DistributedConfig
 
@@ -48,6 +50,10 @@ GATHERED = {
     **{f"model.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"},
     "model.layers.*.self_attn.o_proj": "rowwise_split_input",
 }
+
+
+def shared(folder, plan="auto"):
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan=plan)).eval()
 
 
 def generated(model, rows=2, cache=None, mode="greedy", tokens=8, **options):
@@ -86,9 +92,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder / "model", distributed_config=DistributedConfig(tp_plan="auto")
-        ).eval()
+        self.model = shared(folder / "model")
         self.calibration = SeqKVCalibration.from_pretrained(folder / "calibration")
         self.wanted = torch.load(folder / "wanted.pt")
         self.rank = dist.get_rank()
@@ -172,6 +176,7 @@ def check_each_rank_codes_its_heads(run):
     cache = prefilled(run.model)
     assert cache.layers[0].codec.heads == 2
     assert_like_one_process(run, cache, run.wanted["data-free"])
+    assert torch.equal(copy.deepcopy(cache).layers[1].keys, cache.layers[1].keys)
     assert run.wanted["codes of all heads"] == RANKS * sum(layer.pages.numel() for layer in cache.layers)
 
 
@@ -325,10 +330,16 @@ def check_sessions(run):
     cache.save(run.folder / "for one process")
 
 
+def check_latents(run):
+    """All ranks hold them, each expands its own heads of them, and nothing is rebuilt for that."""
+    model = shared(run.folder / "latents")
+    ours = generated(model, cache_implementation="seqkv", cache_config=LOSSLESS)
+    assert torch.equal(ours, run.wanted["latents"])
+    assert isinstance(model.model.layers[0].self_attn.kv_b_proj.weight, DTensor)
+
+
 def check_ranks_that_have_all_heads(run):
-    model = AutoModelForCausalLM.from_pretrained(
-        run.folder / "model", distributed_config=DistributedConfig(tp_plan=GATHERED)
-    ).eval()
+    model = shared(run.folder / "model", GATHERED)
     assert shard_of(model).ranks == RANKS
     ours = generated(model, cache_implementation="seqkv", cache_config=LOSSLESS)
     assert torch.equal(ours, run.wanted["greedy"])

@@ -11,6 +11,7 @@ import ranks
 import torch
 from models import LOSSLESS, SMALL, prompt
 from test_calibration import TEXT, Words
+from test_latent import deepseek
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_seqkv import SeqKVCache, SeqKVCalibration, calibrate
@@ -57,6 +58,7 @@ def fitted(model) -> SeqKVCalibration:
 def wanted(model, calibration, folder) -> dict:
     """What one process makes of what the ranks will do."""
     found = {mode: ranks.generated(model, mode=mode) for mode in ranks.MODES}
+    found["latents"] = ranks.generated(deepseek("v2"))
     found["one row"] = ranks.generated(model, rows=1)
     data_free, calibrated = ranks.prefilled(model), ranks.prefilled(model, calibration)
     found |= {"data-free": ranks.told(data_free), "calibrated": ranks.told(calibrated)}
@@ -84,6 +86,7 @@ def folder(tmp_path_factory) -> Path:
     """Where the ranks have left what went wrong."""
     folder, model = tmp_path_factory.mktemp("ranks"), made()
     model.save_pretrained(folder / "model")
+    deepseek("v2").save_pretrained(folder / "latents")
     calibration = fitted(model)
     calibration.save_pretrained(folder / "calibration")
     torch.save(wanted(model, calibration, folder), folder / "wanted.pt")

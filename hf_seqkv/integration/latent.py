@@ -16,6 +16,7 @@ from ..errors import UnsupportedModelError
 from ..kernels.interface import select_backend
 from ..kernels.latent import attend_latents
 from .handle import Handle, Lazy
+from .shards import local
 
 METHOD = "expand_kv"
 
@@ -25,7 +26,9 @@ class Expanded(Lazy):
 
     @staticmethod
     def __new__(cls, module, expand, latents: Handle, rotary: Handle, side: int):
-        heads = module.kv_b_proj.out_features // (module.qk_nope_head_dim + module.v_head_dim)
+        projection = module.kv_b_proj
+        rows = len(local(projection.weight)) if type(projection) is torch.nn.Linear else projection.out_features
+        heads = rows // (module.qk_nope_head_dim + module.v_head_dim)  # a rank's, where ranks share them
         width = module.v_head_dim if side else module.qk_nope_head_dim + rotary.shape[-1]
         shape = (latents.shape[0], heads, latents.shape[2], width)
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=latents.dtype, device=latents.device)
@@ -65,7 +68,7 @@ class Expanded(Lazy):
 def _weights(module) -> tuple[torch.Tensor, torch.Tensor]:
     """`W_k [Hq, Dn, R]` and `W_v [Hq, Dv, R]`."""
     sizes = [module.qk_nope_head_dim, module.v_head_dim]
-    return module.kv_b_proj.weight.unflatten(0, (-1, sum(sizes))).split(sizes, 1)
+    return local(module.kv_b_proj.weight).unflatten(0, (-1, sum(sizes))).split(sizes, 1)
 
 
 _PRODUCTS: dict = {}
@@ -75,7 +78,7 @@ def _is_product(module, expand, rotary: int) -> bool:
     """Whether a model file's function makes of latents what we make of them: tried on a few random ones."""
     key = (expand, module.qk_nope_head_dim, module.v_head_dim, rotary, module.kv_b_proj.bias is None)
     if key not in _PRODUCTS:
-        weight = module.kv_b_proj.weight
+        weight = local(module.kv_b_proj.weight)
         generator = torch.Generator().manual_seed(0)
         latents, turned = (torch.randn(1, 1, 3, n, generator=generator).to(weight) for n in (weight.shape[1], rotary))
         with torch.no_grad():
