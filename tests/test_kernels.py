@@ -73,6 +73,7 @@ def by_definition(query, view, mask, scoring):
 
 def assert_close(out, expected, backend="reference", factor=1):
     assert out.shape == expected.shape
+    assert out.is_contiguous()  # models view it as [B, Tq, Hq * Dv]
     assert out.isfinite().all()
     assert (out.double() - expected.double()).abs().max() <= factor * TOLERANCE[backend] * expected.double().abs().max()
 

@@ -27,7 +27,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         scoring: Scale, window, softcap, sink logits.
 
     Returns:
-        `[B, Tq, Hq, Dv]` in the query's dtype. A query that sees nothing gets zeros.
+        `[B, Tq, Hq, Dv]`, contiguous, in the query's dtype. A query that sees nothing gets zeros.
     """
 
     def decode(first: int, last: int):
@@ -143,4 +143,4 @@ class OnlineSoftmax:
 
     def result(self) -> torch.Tensor:
         out = self.mixed / self.total.clamp_min(1e-30)[..., None]
-        return out.flatten(1, 2).transpose(1, 2)
+        return out.flatten(1, 2).transpose(1, 2).contiguous()
