@@ -40,7 +40,16 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         return -1 if self.sliding_window is None else self.sliding_window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length - self._offset(), self._offset()
+        offset = self._seen_from()
+        return self.length + query_length - offset, offset
+
+    def _seen_from(self) -> int:
+        """First slot that the next tokens attend to: of a sliding layer as upstream has it, though more is held.
+
+        A model whose masks do not know the window slides by the length of the cache alone.
+        """
+        window = self.length + 1 if self.sliding_window is None else self.sliding_window
+        return max(self._offset(), self.length - window + 1)
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -74,7 +83,8 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         table = self.cache.table(self.index, noted)
         if table is not None:
             table.append(self.length, new, batch, noted)
-        start = noted.first_tokens(self.start, self.length, self._offset(), new)
+        offset = self._seen_from()
+        start = noted.first_tokens(self.start, self.length, offset, new)
         first = self.length == 0
         source = (key_states, value_states) if first else self._appended(key_states, value_states)
         before = self.start, self.length, self.base
@@ -84,7 +94,7 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         except SeqKVError:
             self.start, self.length, self.base = before
             raise
-        result = (key_states, value_states) if first else self._handles(source)
+        result = (key_states, value_states) if first else self._handles(source, offset)
         self._flush(source, plan)
         return result
 
@@ -99,19 +109,18 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def _handles(self, source) -> tuple[Handle, Handle]:
-        view = self.view(source)
-        return Handle.pair(view, self.config.backend, self.dtype)
+    def _handles(self, source=None, offset: int | None = None) -> tuple[Handle, Handle]:
+        return Handle.pair(self.view(source, offset), self.config.backend, self.dtype)
 
     @property
     def keys(self) -> torch.Tensor | None:
         """Dense keys `[B, H, length - offset, Dk]`, rebuilt; None before the first update."""
-        return self._handles(None)[0].materialize() if self.length else None
+        return self._handles()[0].materialize() if self.length else None
 
     @property
     def values(self) -> torch.Tensor | None:
         """Dense values `[B, H, length - offset, Dv]`, rebuilt; None before the first update."""
-        return self._handles(None)[1].materialize() if self.length else None
+        return self._handles()[1].materialize() if self.length else None
 
     @keys.setter
     def keys(self, value) -> None:
@@ -177,7 +186,7 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
 
     def _unpage(self, length: int, plan) -> None:
         """Move the tokens of cut pages back to the dense window."""
-        k, v = (h.materialize() for h in self._handles(None))
+        k, v = (h.materialize() for h in self._handles())
         offset = self._offset()
         for row, (count, kept) in enumerate(plan):
             self.counts[row], self.kept[row] = count, max(0, kept)

@@ -238,8 +238,8 @@ class PagedTokens:
                 for row in range(len(counts)):
                     self.held.keep(row, self._page_slot(row, drop), self.length)
 
-    def view(self, source=None) -> LayerView:
-        """Snapshot of what the layer holds; `source` are dense tokens that are not yet flushed."""
+    def view(self, source=None, offset: int | None = None) -> LayerView:
+        """Snapshot of what the layer holds from slot `offset` on, or of all; `source`: dense tokens not yet flushed."""
         if source is None:
             held = self.length - self.base
             source = self.recent_k[:, :, :held], self.recent_v[:, :, :held]
@@ -258,7 +258,7 @@ class PagedTokens:
             recent=DenseRun(*source, [self.base] * len(rows), [self._dense_slot(row) - self.base for row in rows]),
             center=center,
             length=self.length,
-            offset=self._offset(),
+            offset=self._offset() if offset is None else offset,
             side=None if self.held is None else self.held.table(),
         )
 
