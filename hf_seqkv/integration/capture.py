@@ -66,12 +66,33 @@ class Noted:
         if all(s < length for s in start) or self.mask.shape[-1] < length - offset + new:
             return start
         own = self.mask[:, 0].diagonal(length - offset, -2, -1)[:, :new]
-        seen = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+        if own.dtype == torch.bool:
+            begun = next((row for row, s in enumerate(start) if s < length), None)
+            last = self.mask[:, 0, 0, length - offset + new - 1]  # as the first new token sees it
+            seen = ~own if _hides(own, last, begun) else own
+        else:
+            seen = own > torch.finfo(own.dtype).min / 2
         pads = [next((i for i, x in enumerate(row) if x), new) for row in seen.tolist()]
         return [s if s < length else s + pads[min(row, len(pads) - 1)] for row, s in enumerate(start)]
 
 
 NOTHING = Noted()
+
+
+def _hides(own: torch.Tensor, last: torch.Tensor, begun: int | None) -> bool:
+    """Whether a mask of bools says what is hidden, as in MPT, instead of what is seen.
+
+    Args:
+        own: What it says of each new token and itself, `[B or 1, Tq]`.
+        last: What it says of the first new token and the last, `[B or 1]`.
+        begun: A row that holds tokens: each of its new ones sees itself.
+    """
+    if begun is not None:
+        return not own[min(begun, len(own) - 1), -1]
+    if own.shape[1] == 1:
+        return not own.any()
+    # Seen ahead is only what is no padding, and what is no padding sees itself.
+    return bool(last.all() and not own[:, -1].all())
 
 
 @functools.cache
@@ -139,10 +160,17 @@ class Listener:
 
     def note(self, index: int, noted: Noted) -> None:
         """Called before layer `index` runs."""
+        self._noted.pop(index, None)
         self._noted[index] = noted
 
     def noted(self, index: int) -> Noted:
-        """What was noted for the forward that is running, once."""
+        """What was noted for the forward that is running, once.
+
+        A module that runs several layers of a cache in turn (recurrent depth) notes all under its own index: the last
+        note is that of the module that runs.
+        """
+        if index not in self._noted and self._noted:
+            index = next(reversed(self._noted))
         return self._noted.pop(index, NOTHING)
 
 
