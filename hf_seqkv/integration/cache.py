@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import DummyLayer, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from ..codec.page import PageCodec
 from ..config import SeqKVConfig
@@ -76,7 +76,8 @@ class SeqKVCache(capture.Listener, DynamicCache):
                 SeqKVWarning,
                 stacklevel=2,
             )
-        self._refuse_partial_store(config.model_type)
+        if self.seqkv_config.prefix_store is not None:
+            mixed.refuse_store(config.model_type, self.layers)
         self._codecs: dict[tuple, PageCodec] = {}
         self._tables: dict[int, PositionTable | None] = {}
         self.model: torch.nn.Module | None = None
@@ -99,14 +100,6 @@ class SeqKVCache(capture.Listener, DynamicCache):
             self.latent_shape = (1, text_config.kv_lora_rank, getattr(text_config, "qk_rope_head_dim", None))
             if self.seqkv_config.method == "calibrated":
                 refuse_calibration(text_config.model_type)
-
-    def _refuse_partial_store(self, family: str) -> None:
-        kept = sorted({type(x).__name__ for x in self.layers if type(x) not in (SeqKVLayer, DummyLayer)})
-        if kept and self.seqkv_config.prefix_store is not None:
-            raise UnsupportedModelError(
-                f"{family}: layers of type {', '.join(kept)} keep more than keys and values, which a prefix store does "
-                "not hold; leave prefix_store out for this model"
-            )
 
     def bind(self, model: torch.nn.Module) -> None:
         """Meet the model that uses this cache: hook it, and compare its weights with the calibration's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers.cache_utils import (
+    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -12,6 +13,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from ..errors import UnsupportedModelError
 from .layer import SeqKVLayer
 
 
@@ -71,3 +73,17 @@ def coded(layer, cache, index: int, config) -> SeqKVLayer | None:
         return None
     more = {"number_of_states": layer.number_of_states} if kind is HybridLayer else {}
     return kind(cache, index, config, getattr(layer, "sliding_window", None), **more)
+
+
+def more_than_pages(layers) -> list[str]:
+    """Types of layers that keep more than the keys and values of pages."""
+    return sorted({type(x).__name__ for x in layers if type(x) not in (SeqKVLayer, DummyLayer)})
+
+
+def refuse_store(family: str, layers) -> None:
+    """Raise `UnsupportedModelError` where pages are not all that a sequence leaves behind."""
+    if more_than_pages(layers):
+        raise UnsupportedModelError(
+            f"{family}: layers of type {', '.join(more_than_pages(layers))} keep more than keys and values, which a "
+            "prefix store does not hold; leave prefix_store out for this model"
+        )

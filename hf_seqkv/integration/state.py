@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DummyLayer
 
 from ..errors import FormatError, UnsupportedOperationError
 from .cache import SeqKVCache
 from .layer import SeqKVLayer
+from .mixed import more_than_pages
 from .placement import module_device
 from .positions import PositionTable
 
@@ -32,7 +32,7 @@ def state_of(cache: SeqKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     Raises:
         UnsupportedOperationError: A layer keeps something else than keys and values, or the cache is empty.
     """
-    other = sorted({type(x).__name__ for x in cache.layers if type(x) not in (SeqKVLayer, DummyLayer)})
+    other = more_than_pages(cache.layers)
     if other or not cache.get_seq_length():
         what = f"layers of type {', '.join(other)} keep more than keys and values" if other else "the cache is empty"
         raise UnsupportedOperationError(f"this cache has no state to keep: {what}")
