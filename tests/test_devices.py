@@ -5,23 +5,15 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from models import LOSSLESS, SMALL, prompt, tiny
+from models import LOSSLESS, SMALL, Unmeasured, prompt, tiny
 from pretend import Pretended, pretended, spread
 from test_held import by_content, holding
 
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import UnsupportedOperationError
 from hf_seqkv.integration.model_facts import model_fingerprint, weights_fingerprint
-from hf_seqkv.store.prefix_store import PrefixStore
 
 REFERENCE = SMALL | {"backend": "reference"}
-
-
-class Unmeasured(PrefixStore):
-    """A store that loads what it has: it never finds out that a tiny model's prefill is faster."""
-
-    def note_rate(self, *args, **options) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from models import tiny
+from models import Unmeasured, tiny
 from test_prefix import generate, loaded
 
 from hf_seqkv.errors import SeqKVWarning
 from hf_seqkv.integration import learned_tables
-from hf_seqkv.store.prefix_store import PrefixStore
 
 CODES = {"page_size": 16, "residual_length": 8}
 
@@ -38,9 +37,9 @@ def forms(store) -> dict[str, list[int]]:
     return found
 
 
-def taught(model, folder) -> PrefixStore:
+def taught(model, folder) -> Unmeasured:
     """A store whose tables are there, and the pages of one more text."""
-    store = PrefixStore(folder, form="exact")
+    store = Unmeasured(folder, form="exact")
     *first, last = texts(5)
     for ids in first:
         run(model, store, ids)
@@ -81,9 +80,9 @@ def test_rows_that_begin_with_pages_of_different_forms(tmp_path):
 def test_another_process_finds_them(tmp_path):
     model, ids = tiny("llama"), texts(5)[4]
     taught(model, tmp_path).close()
-    with PrefixStore(tmp_path) as store:  # whose own form is hot
+    with Unmeasured(tmp_path) as store:  # whose own form is hot
         assert loaded(run(model, store, ids)) == 8
-    with PrefixStore(tmp_path, form="exact") as store:
+    with Unmeasured(tmp_path, form="exact") as store:
         before = len(forms(store)["exact"])
         run(model, store, texts(7)[6])
         assert len(forms(store)["exact"]) == before + 8
@@ -92,7 +91,7 @@ def test_another_process_finds_them(tmp_path):
 def test_without_its_tables_a_page_is_a_miss_and_stays(tmp_path):
     model, ids = tiny("llama"), texts(5)[4]
     taught(model, tmp_path).close()
-    with PrefixStore(tmp_path) as store:
+    with Unmeasured(tmp_path) as store:
         (key,) = (entry.key for entry in store.entries() if entry.form == "tables")
         before = len(forms(store)["exact"])
         path = store._shelf.objects._path(key.hex())
@@ -114,7 +113,7 @@ def test_foreign_tables_are_learned_again(tmp_path):
     store.drop(key)
     assert store.put(scope, b"", [0], b"nothing of ours", form="tables", bits=None) == key
     store.close()
-    with PrefixStore(tmp_path, form="exact") as store:
+    with Unmeasured(tmp_path, form="exact") as store:
         for ids in texts(9)[5:]:
             run(model, store, ids)
         store.flush(slow=True)
