@@ -9,7 +9,6 @@ import copy
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 _MOVES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
 # Selections take their index tensors from the CPU, too.
@@ -78,12 +77,15 @@ def _listed(index):
 
 
 class Pretending(TorchDispatchMode):
-    """Makes tensors on pretended devices; `moves` are devices from and to, and bytes, of what went to another."""
+    """Makes tensors on pretended devices.
+
+    `moves` are devices from and to, bytes, and the address of the storage they were in, of what went to another.
+    """
 
     def __init__(self):
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # torch does not initialise CUDA under such a mode
-        self.moves: list[tuple[str, str, int]] = []
+        self.moves: list[tuple[str, str, int, int]] = []
         self.last = torch.device("cpu")  # where the last tensor was made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -99,6 +101,13 @@ class Pretending(TorchDispatchMode):
         return found
 
 
+def _each(function, x):
+    """`x` with what a function makes of everything in it: torch's own `tree_map`, some times faster."""
+    if type(x) in (tuple, list):
+        return type(x)([_each(function, y) for y in x])
+    return {name: _each(function, y) for name, y in x.items()} if type(x) is dict else function(x)
+
+
 def _run(func, args, kwargs, moves):
     flat = []
 
@@ -107,14 +116,15 @@ def _run(func, args, kwargs, moves):
             flat.append(x)
         return x.inner if isinstance(x, Pretended) else x
 
-    inner_args, inner_kwargs = tree_map(plain, args), tree_map(plain, kwargs)
+    inner_args, inner_kwargs = _each(plain, args), _each(plain, kwargs)
     there = [x for x in flat if isinstance(x, Pretended)]
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     if func in _MOVES:
         source = flat[-1]
         device = device or flat[0].device
         if source.device != device:
-            moves.append((str(source.device), str(device), source.numel() * source.element_size()))
+            size, address = source.numel() * source.element_size(), source.untyped_storage().data_ptr()
+            moves.append((str(source.device), str(device), size, address))
     elif there:
         found = {x.device for x in there}
         strangers = [x for x in flat if not isinstance(x, Pretended) and x.dim() > 0]
@@ -134,7 +144,7 @@ def _run(func, args, kwargs, moves):
             return x
         return known[id(x)] if id(x) in known else Pretended(x, device) if device and device.type == "cuda" else x
 
-    return tree_map(placed, result)
+    return _each(placed, result)
 
 
 @contextlib.contextmanager
@@ -149,8 +159,8 @@ def pretended():
         torch._C._set_only_lift_cpu_tensors(lifts)
 
 
-def spread(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a model by accelerate: its first layers on `cuda:0`, the last, and what follows them, on `cuda:1`."""
+def spread(model: torch.nn.Module, devices: int = 2) -> torch.nn.Module:
+    """A copy of a model by accelerate: its first layers on `cuda:0`, the last, and what follows, on the last device."""
     from accelerate import dispatch_model
 
     model = copy.deepcopy(model)
@@ -160,12 +170,12 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
     for name, child in body.named_children():
         path = f"{model.base_model_prefix}.{name}"
         if name == layers:
-            places |= {f"{path}.{i}": f"cuda:{int(2 * i >= count)}" for i in range(count)}
+            places |= {f"{path}.{i}": f"cuda:{i * devices // count}" for i in range(count)}
             behind = True
         else:
-            places[path] = f"cuda:{int(behind and any(True for _ in child.parameters()))}"
+            places[path] = f"cuda:{(devices - 1) * (behind and any(True for _ in child.parameters()))}"
     for name, child in model.named_children():
         if child is not body:
             tied = any(x is y for x in child.parameters() for y in body.get_input_embeddings().parameters())
-            places[name] = f"cuda:{int(not tied)}"
+            places[name] = f"cuda:{(devices - 1) * (not tied)}"
     return dispatch_model(model, device_map=places, main_device="cuda:0", force_hooks=True)

@@ -95,6 +95,19 @@ def test_sessions_move_between_one_device_and_two(name, tmp_path):
     assert torch.equal(*logits)
 
 
+def test_token_ids_after_a_crop():
+    """What a crop leaves of them is on the CPU, what the model is called with next on its device."""
+    ids = prompt(1, 60)[0]
+    with pretended():
+        model = spread(tiny("llama"))
+        cache = SeqKVCache(config=model.config, **REFERENCE)
+        cache.bind(model)
+        model(ids[:, :50].to("cuda:0"), past_key_values=cache)
+        cache.crop(-10)
+        model(ids[:, 40:].to("cuda:0"), past_key_values=cache)
+        assert torch.equal(cache.ids, ids)
+
+
 @pytest.mark.parametrize("writer", [0, 1], ids=["one writes", "two write"])
 def test_prefixes_are_shared_by_one_device_and_two(writer, tmp_path):
     lossless = LOSSLESS | {"backend": "reference"}  # loaded or not makes no difference

@@ -152,13 +152,13 @@ class SeqKVCache(capture.Listener, DynamicCache):
         if ids is not None:
             self._ids.append(ids)
             if len(self._ids) > JOINED:
-                self._ids = [torch.cat(self._ids, 1)]
+                self._ids = [torch.cat([x.to(self._ids[-1].device) for x in self._ids], 1)]
 
     @property
     def ids(self) -> torch.Tensor | None:
         """Token ids of all slots, `[B, T]`; None where some forward was given embeddings, or came before `bind`."""
         if len(self._ids) > 1:
-            self._ids = [torch.cat(self._ids, 1)]
+            self._ids = [torch.cat([x.to(self._ids[-1].device) for x in self._ids], 1)]
         known = self._ids[0].shape[1] if self._ids else 0
         return self._ids[0].cpu() if known and known == self.get_seq_length() else None
 
