@@ -1,11 +1,13 @@
-"""Models that are more than a decoder of text: images before it are coded like text, encoder-decoders are refused."""
+"""Models that are more than a decoder of equal layers: images before it, layers of several shapes, an encoder."""
 
 import pytest
 import torch
 from models import CONFIGS, LOSSLESS, SMALL, prompt
+from transformers import AutoModelForCausalLM
 
-from hf_seqkv import SeqKVCache
-from hf_seqkv.errors import UnsupportedModelError
+from hf_seqkv import SeqKVCache, calibrate
+from hf_seqkv.errors import CalibrationMismatchError, UnsupportedModelError
+from hf_seqkv.integration.model_facts import model_facts
 
 OURS = {"cache_implementation": "seqkv", "cache_config": LOSSLESS}
 NEW = {"max_new_tokens": 40, "do_sample": False}
@@ -82,6 +84,39 @@ def test_images(build):
     assert all(layer.mean.abs().sum() > 0 for layer in coded.layers)
     assert all(coded.table(index).half == 8 for index in range(len(coded.layers)))
     assert coded.ids is None  # what they leave in the cache is no function of them
+
+
+def numbers(text, **options):
+    return {"input_ids": [int(word) % 128 + 3 for word in text.split()]}
+
+
+numbers.bos_token_id = 1
+
+
+def test_layers_of_several_shapes(tmp_path):
+    """Gemma 4's layers of full attention have wider heads: such numbers are read by layer, or transformers raises."""
+    from transformers import Gemma4TextConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "sliding_window": 24}
+    sizes |= {"vocab_size": 131, "vocab_size_per_layer_input": 131, "hidden_size_per_layer_input": 8}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = AutoModelForCausalLM.from_config(Gemma4TextConfig(**sizes, layer_types=kinds, eos_token_id=None)).eval()
+    facts = model_facts(model.config)
+    assert (facts["head_dim"], facts["num_key_value_heads"]) == ([16, 16, 32], 2)
+    text = " ".join(str(i * i % 131 + i % 7) for i in range(800))
+    made = calibrate(model, numbers, [text], tokens=512, window=128, sequence=False, progress=False)
+    ids, ours = prompt(1, 60)[0], {"cache_implementation": "seqkv", "return_dict_in_generate": True}
+    coded = model.generate(ids, **NEW, **ours, cache_config=SMALL | {"calibration": made}).past_key_values
+    assert [layer.codec.key_dim for layer in coded.layers] == [16, 16, 32]
+    plain = model.generate(ids, **NEW)
+    for loaded in (False, True):
+        out = model.generate(ids, **NEW, **ours, cache_config=LOSSLESS | {"prefix_store": str(tmp_path)})
+        assert torch.equal(out.sequences, plain)
+        assert (out.past_key_values.prefixes.plan.load > 0) == loaded
+        out.past_key_values.prefixes.store.flush()
+    with pytest.raises(CalibrationMismatchError, match=r"head_dim: calibration \[16, 16, 32\], model 16"):
+        SeqKVCache(config=CONFIGS["gemma3"](), calibration=made, **SMALL)
 
 
 def test_encoder_decoders_are_refused_by_name():

@@ -18,7 +18,7 @@ from . import accounting, capture, mixed
 from .codecs import calibration_of, page_codec
 from .latent import refuse_calibration, wrap_expansions
 from .layer import SeqKVLayer
-from .model_facts import model_facts, weights_fingerprint
+from .model_facts import layer_configs, model_facts, weights_fingerprint
 from .positions import PositionTable
 from .recorder import Recorder
 from .shards import WHOLE, shard_of
@@ -95,11 +95,11 @@ class SeqKVCache(capture.Listener, DynamicCache):
                 f"{self.model_config.model_type} is an encoder-decoder model; SeqKVCache codes decoder-only models. "
                 "Use the default cache"
             )
-        self.latent_shape = None
-        if getattr(text_config, "kv_lora_rank", None):
-            self.latent_shape = (1, text_config.kv_lora_rank, getattr(text_config, "qk_rope_head_dim", None))
-            if self.seqkv_config.method == "calibrated":
-                refuse_calibration(text_config.model_type)
+        layers = [x for x in layer_configs(text_config) if getattr(x, "kv_lora_rank", None)]
+        # Of MLA layers: KV heads, components of a latent and of the rotary key beside it.
+        self.latent_shapes = {(1, x.kv_lora_rank, getattr(x, "qk_rope_head_dim", None)) for x in layers}
+        if layers and self.seqkv_config.method == "calibrated":
+            refuse_calibration(text_config.model_type)
 
     def bind(self, model: torch.nn.Module) -> None:
         """Meet the model that uses this cache: hook it, and compare its weights with the calibration's."""
@@ -133,7 +133,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
         shape, method = (heads, key_dim, value_dim), self.seqkv_config.method
         key = (*shape, device, *{"calibrated": (index,), "dense": (dtype,)}.get(method, ()))
         if key not in self._codecs:
-            rest = ROTARY_BITS if shape == self.latent_shape else self.seqkv_config.value_bits
+            rest = ROTARY_BITS if shape in self.latent_shapes else self.seqkv_config.value_bits
             made = page_codec(self.seqkv_config, self.calibration, index, shape, dtype, rest, self.shard)
             self._codecs[key] = made.to(device)
         return self._codecs[key]
@@ -145,7 +145,7 @@ class SeqKVCache(capture.Listener, DynamicCache):
     def noted(self, index: int) -> capture.Noted:
         """As `Listener.noted`; a latent is not what the model's RoPE turns."""
         noted, codec = super().noted(index), self.layers[index].codec
-        latent = (codec.heads, codec.key_dim, codec.value_dim) == self.latent_shape
+        latent = (codec.heads, codec.key_dim, codec.value_dim) in self.latent_shapes
         return replace(noted, layout=None) if latent else noted
 
     def note_ids(self, ids: torch.Tensor | None) -> None:

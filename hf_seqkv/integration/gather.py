@@ -134,7 +134,7 @@ def gather(
         )
     config = model.config.get_text_config(decoder=True)
     probe = SeqKVCache(config=config, method="turboquant")  # refuses what cannot be coded
-    if probe.latent_shape is not None:
+    if probe.latent_shapes:
         refuse_calibration(config.model_type)
     coded = [layer.index for layer in probe._coded()]
     if len(coded) != config.num_hidden_layers:

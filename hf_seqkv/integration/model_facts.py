@@ -11,16 +11,33 @@ from .placement import weights
 from .shards import local, shard_of, whole
 
 
+def layer_configs(text_config) -> list:
+    """Configs of the layers of a decoder config whose layers differ, else the config alone."""
+    if getattr(text_config, "is_heterogeneous", False):
+        return list(text_config.per_layer_config)
+    return [text_config]
+
+
 def model_facts(text_config) -> dict:
-    """Shape and RoPE of a decoder config, as JSON types: equal for models that can share a calibration's tensors."""
-    heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    """Shape and RoPE of a decoder config, as JSON types: equal for models that can share a calibration's tensors.
+
+    Numbers that differ between layers (Gemma 4) are lists.
+    """
+    layers = layer_configs(text_config)
+    heads = [layer.num_attention_heads for layer in layers]
+    shapes = {
+        "num_key_value_heads": [
+            getattr(layer, "num_key_value_heads", None) or n for layer, n in zip(layers, heads, strict=True)
+        ],
+        "head_dim": [
+            getattr(layer, "head_dim", None) or layer.hidden_size // n for layer, n in zip(layers, heads, strict=True)
+        ],
+    }
     rope = getattr(text_config, "rope_parameters", None) or {}
     return {
         "model_type": text_config.model_type,
         "num_hidden_layers": text_config.num_hidden_layers,
-        "num_key_value_heads": getattr(text_config, "num_key_value_heads", None) or heads,
-        "head_dim": head_dim,
+        **{name: values[0] if len(set(values)) == 1 else values for name, values in shapes.items()},
         "layer_types": list(getattr(text_config, "layer_types", None) or []),
         "rope": _plain(rope),
     }

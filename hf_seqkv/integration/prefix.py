@@ -24,7 +24,7 @@ from ..store.planner import PREFILL, Plan, plan
 from ..store.prefix_store import PrefixStore
 from . import learned_tables, records
 from .codecs import kept
-from .model_facts import model_fingerprint
+from .model_facts import layer_configs, model_fingerprint
 from .page_forms import PageForms
 from .positions import first_slots
 from .recorder import Pages, Recorder
@@ -221,9 +221,10 @@ class Prefixes:
 
     def _limit(self) -> int:
         """Bytes that no record can exceed: as many as dense pages in fp32, twice."""
-        windows, facts = self.cache.seqkv_config, self.cache.model_config.get_text_config(decoder=True)
-        width = max(facts.hidden_size, (getattr(facts, "head_dim", None) or 0) * facts.num_attention_heads)
-        return 16 * facts.num_hidden_layers * width * (windows.page_size + windows.n_sink) + (1 << 20)
+        windows, config = self.cache.seqkv_config, self.cache.model_config.get_text_config(decoder=True)
+        layers = layer_configs(config)
+        width = max(max(x.hidden_size, (getattr(x, "head_dim", None) or 0) * x.num_attention_heads) for x in layers)
+        return 16 * config.num_hidden_layers * width * (windows.page_size + windows.n_sink) + (1 << 20)
 
     @contextlib.contextmanager
     def timed(self, tokens: int) -> Iterator[None]:
