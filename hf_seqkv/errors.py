@@ -34,7 +34,7 @@ class UnsupportedVersionError(SeqKVError, ImportError):
 
 
 class UnsupportedOperationError(SeqKVError, RuntimeError):
-    """The operation cannot be done on this cache (cropping past dropped pages, offloading, ...)."""
+    """The operation cannot be done on this cache (cropping past dropped pages, gradients, ...)."""
 
 
 class BackendError(SeqKVError, RuntimeError):

@@ -182,7 +182,7 @@ def test_memory_is_what_is_allocated():
         elif type(thing).__module__.startswith("hf_seqkv"):
             todo += vars(thing).values()
     parts = cache.memory()
-    assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
+    assert parts["total"] == sum(size for name, size in parts.items() if name not in ("total", "host"))
     # Index tables of codecs (which component lies where) are the only tensors it leaves out.
     index = sum(
         t.untyped_storage().nbytes()
@@ -243,9 +243,6 @@ def test_other_shapes_are_refused(shape):
 
 def test_what_cannot_be_done_is_said():
     _, cache = filled()
-    for act in (cache.layers[0].offload, cache.layers[0].prefetch):
-        with pytest.raises(UnsupportedOperationError, match="offload"):
-            act()
     with pytest.raises(ValueError, match="positive"):
         cache.crop(3)
     with pytest.raises(UnsupportedOperationError, match="update"):

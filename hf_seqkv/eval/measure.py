@@ -138,7 +138,7 @@ def cache_facts(cache) -> dict:
     """Tokens held, bytes as allocated and their parts; `bits_per_value` is None before the first page."""
     if isinstance(cache, SeqKVCache):
         memory, bits = cache.memory(), cache.bits_per_value()
-        parts = {name: size for name, size in memory.items() if name != "total"}
+        parts = {name: size for name, size in memory.items() if name not in ("total", "host")}
         options, total = cache.seqkv_config.to_dict(), memory["total"]
     else:
         tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]

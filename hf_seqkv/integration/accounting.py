@@ -7,6 +7,7 @@ import math
 import torch
 
 from .layer import SeqKVLayer
+from .offload import OffloadedPages
 
 # What layers of `mixed.py` keep beside codes.
 MIXED = ("indexer_keys", "indexer_position_ids", "conv_states", "recurrent_states")
@@ -14,19 +15,22 @@ MIXED = ("indexer_keys", "indexer_position_ids", "conv_states", "recurrent_state
 
 def memory(cache) -> dict[str, int]:
     """See `SeqKVCache.memory`."""
-    names = ("codes", "side_information", "sinks", "recent", "slack", "tables", "ids", "uncompressed")
-    parts = dict.fromkeys(names, 0)
+    names = ("codes", "side_information", "sinks", "recent", "slack", "staging", "tables", "ids", "uncompressed")
+    parts, host, rooms = dict.fromkeys(names, 0), 0, []
     for layer in cache.layers:
         parts["uncompressed"] += _bytes(_uncompressed(layer))
         if not isinstance(layer, SeqKVLayer):
             continue
         if not layer.is_initialized:
             continue
-        pages = sum(max(0, count - layer.dropped) for count in layer.counts)
+        pages = sum(layer._used())
         codes = sum(size for name, (_, size) in layer.codec.sections.items() if not name.endswith("scales"))
         parts["codes"] += pages * codes
         parts["side_information"] += pages * (layer.codec.page_bytes - codes) + _bytes([layer.mean])
         parts["slack"] += _bytes([layer.pages]) - pages * layer.codec.page_bytes
+        if isinstance(layer.buffer, OffloadedPages):
+            host += _bytes([layer.pages])
+            rooms += [slot.room for slot in layer.buffer.staging.slots]
         if layer.held is not None:
             held, room = layer.held.bytes()
             parts["side_information"] += held
@@ -39,8 +43,8 @@ def memory(cache) -> dict[str, int]:
         parts["tables"] += _bytes([table.rows, table.starts, table.relative]) - starts
     parts["tables"] += _bytes([t for codec in cache._codecs.values() for t in codec.tables])
     parts["ids"] = _bytes(cache._ids)
-    parts["total"] = sum(parts.values())
-    return parts
+    parts["staging"] = _bytes(rooms)
+    return parts | {"total": sum(parts.values()), "host": host}
 
 
 def _uncompressed(layer) -> list[torch.Tensor]:
@@ -57,7 +61,7 @@ def bits_per_value(cache) -> float:
     parts, values = memory(cache), 0
     for layer in cache._coded():
         if layer.is_initialized:
-            tokens = sum(max(0, count - layer.dropped) for count in layer.counts) * layer.codec.page_size
+            tokens = sum(layer._used()) * layer.codec.page_size
             values += tokens * layer.codec.heads * (layer.codec.key_dim + layer.codec.value_dim)
     return (parts["codes"] + parts["side_information"]) * 8 / values if values else math.nan
 

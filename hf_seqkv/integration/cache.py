@@ -278,11 +278,12 @@ class SeqKVCache(capture.Listener, DynamicCache):
         return load(path, model, calibration)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, by part; the sum of the others is `total`.
+        """Bytes held, by part, their sum `total`, and how many of these are offloaded to the `host`'s memory.
 
         `codes` and `side_information` (scales, padding of pages, key means, page positions, held tokens) are the
-        compressed tokens; `sinks` and `recent` dense tokens; `slack` room for more; `tables` rotations, codebooks and
-        recent cosines, shared by layers; `ids` the tokens', for stores; `uncompressed` layers of other kinds.
+        compressed tokens; `sinks` and `recent` dense tokens; `slack` room for more; `staging` room that offloaded pages
+        pass through; `tables` rotations, codebooks and recent cosines, shared by layers; `ids` the tokens', for stores;
+        `uncompressed` layers of other kinds.
         """
         return accounting.memory(self)
 

@@ -8,6 +8,8 @@ from transformers.cache_utils import DynamicLayer
 from ..config import SeqKVConfig
 from ..errors import ConfigError, SeqKVError, UnsupportedOperationError
 from .handle import Handle
+from .offload import OffloadedPages, offloaded
+from .page_buffer import PageBuffer
 from .paged import PagedTokens
 
 
@@ -56,6 +58,8 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._allocate(key_states, value_states)
         self.is_initialized = True
+        if self.config.offload:
+            self.offload()
 
     @torch.compiler.disable(reason="the cache's bookkeeping is Python")
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -212,6 +216,14 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         self._select(torch.arange(len(self.start))[torch.as_tensor(indices).cpu()])
 
     def offload(self) -> None:
-        raise UnsupportedOperationError("a SeqKVCache is not offloaded; its pages are a quarter of the dense cache")
+        """Keep the pages in host memory from now on; see `offload.py`. On the CPU they stay, with a warning."""
+        if self.is_initialized and not isinstance(self.buffer, OffloadedPages):
+            self.buffer = offloaded(self)
 
-    prefetch = offload
+    def prefetch(self) -> None:
+        """Begin to bring the pages to the device for the next attention; without the option `offload`, for good."""
+        if self.is_initialized and isinstance(self.buffer, OffloadedPages):
+            if self.config.offload:
+                self.buffer.staging.fetch(self)
+            else:
+                self.buffer = PageBuffer(self.pages.to(self.device))

@@ -17,6 +17,7 @@ from ..config import SeqKVConfig
 from ..kernels.interface import DenseRun, LayerView, select_backend
 from .held import HeldTokens, important
 from .nonfinite import refuse_nonfinite
+from .page_buffer import PageBuffer
 
 ENCODE_PAGES = 64  # pages encoded at once: bounds the temporaries of a long prefill
 
@@ -34,7 +35,7 @@ class PagedTokens:
 
     def _clear(self) -> None:
         self.codec = None
-        self.pages: torch.Tensor | None = None  # [B, capacity, page_bytes]
+        self.buffer: PageBuffer | None = None
         self.sink_k = self.sink_v = None  # [B, H, n_sink, D]
         self.recent_k = self.recent_v = None  # [B, H, capacity, D], first token at slot `base`
         self.mean = None  # [B, H, Dk] constant part of the keys
@@ -43,6 +44,19 @@ class PagedTokens:
         self.start: list[int] = []
         self.counts: list[int] = []  # pages of each row, dropped ones included
         self.kept: list[int] = []  # tokens of page `counts[row]` whose codes, in place, outlived a crop
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """`[B, capacity, page_bytes]` uint8, where they lie; what is assigned is moved there."""
+        return self.buffer.pages
+
+    @pages.setter
+    def pages(self, pages: torch.Tensor) -> None:
+        self.buffer.hold(pages)
+
+    def _used(self) -> list[int]:
+        """Pages that each row has in `pages`."""
+        return [max(0, count - self.dropped) for count in self.counts]
 
     def _offset(self) -> int:
         """First slot that is still held: 0 until a sliding layer drops pages."""
@@ -63,7 +77,8 @@ class PagedTokens:
         value_dim = value_states.shape[-1]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.codec = self.cache.codec(self.index, heads, key_dim, value_dim, self.dtype, self.device)
-        self.pages = torch.empty(batch, 0, self.codec.page_bytes, dtype=torch.uint8, device=self.device)
+        pages = torch.empty(batch, 0, self.codec.page_bytes, dtype=torch.uint8, device=self.device)
+        self.buffer = PageBuffer(pages)
         self.sink_k = key_states.new_zeros(batch, heads, self.config.n_sink, key_dim)
         self.sink_v = key_states.new_zeros(batch, heads, self.config.n_sink, value_dim)
         self.recent_k = key_states.new_empty(batch, heads, 0, key_dim)
@@ -168,11 +183,13 @@ class PagedTokens:
                 self._hold(rows, pages, keys, values, slot + (at - first) * size)
             for i, row in enumerate(rows):
                 if at == first and self.kept[row]:
-                    pages[i, 0] = self.codec.splice(self.pages[row, at - self.dropped], pages[i, 0], self.kept[row])
+                    old = self.pages[row, at - self.dropped].to(self.device)
+                    pages[i, 0] = self.codec.splice(old, pages[i, 0], self.kept[row])
             if recorder is not None:
-                recorder.add(self, rows, at, pages)
+                recorder.add(self, rows, at, pages.to(self.pages.device))
             gone = max(0, self.dropped - at)
-            self.pages[pick, at + gone - self.dropped : max(0, until - self.dropped)] = pages[:, gone:]
+            if gone < until - at:
+                self.buffer.put(rows, at + gone - self.dropped, pages[:, gone:])
         if self.held is not None and skip < self.dropped:
             for row in rows:
                 self.held.keep(row, self._page_slot(row, self.dropped), self.length)
@@ -217,9 +234,7 @@ class PagedTokens:
         tokens = self.cache.expected_length - self.config.n_sink - self.config.residual_length
         expected = tokens // self.config.page_size - self.dropped
         room = min(2 * need, expected) if need <= expected else 2 * need if held else need
-        grown = self.pages.new_empty(self.pages.shape[0], room, self.codec.page_bytes)
-        grown[:, :held] = self.pages
-        self.pages = grown
+        self.buffer.grow(room)
 
     def _drop(self, counts: list[int]) -> None:
         """Forget pages of a sliding layer, `counts` of each row, that no query to come can see.
@@ -232,7 +247,7 @@ class PagedTokens:
         outside = [(seen - self._page_slot(row, 0)) // self.config.page_size for row in range(len(counts))]
         drop = min(map(min, outside, counts))
         if drop > self.dropped:
-            self.pages = self.pages[:, drop - self.dropped :].clone()
+            self.buffer.drop(drop - self.dropped)
             self.dropped = drop
             if self.held is not None:
                 for row in range(len(counts)):
@@ -251,8 +266,8 @@ class PagedTokens:
         sinks = [0 if self.counts[row] and not self.dropped else self.config.n_sink for row in rows]
         return LayerView(
             codec=self.codec,
-            pages=self.pages,
-            counts=[max(0, count - self.dropped) for count in self.counts],
+            pages=self.buffer.on_device(),
+            counts=self._used(),
             page_slots=[self._page_slot(row, self.dropped) for row in rows],
             sinks=DenseRun(self.sink_k, self.sink_v, list(self.start), sinks),
             recent=DenseRun(*source, [self.base] * len(rows), [self._dense_slot(row) - self.base for row in rows]),
@@ -267,7 +282,8 @@ class PagedTokens:
         if not self.is_initialized:
             return
         at = index.to(self.device)
-        for name in ("pages", "sink_k", "sink_v", "recent_k", "recent_v", "mean"):
+        self.buffer.select(index)
+        for name in ("sink_k", "sink_v", "recent_k", "recent_v", "mean"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, at))

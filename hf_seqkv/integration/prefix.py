@@ -97,7 +97,8 @@ class Prefixes:
     def _options(self) -> str:
         """What of the cache's options decides what pages hold."""
         options = self.cache.seqkv_config.to_dict()
-        return repr(sorted(x for x in options.items() if x[0] not in ("prefix_store", "backend", "residual_length")))
+        others = ("prefix_store", "backend", "residual_length", "offload")
+        return repr(sorted(x for x in options.items() if x[0] not in others))
 
     @property
     def scope(self) -> bytes:

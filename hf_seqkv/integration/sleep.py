@@ -139,7 +139,7 @@ def _encode(cache: SeqKVCache, tensors: dict[str, torch.Tensor], facts: dict[str
     for layer in layers:
         name = f"{layer.index}.pages"
         if any(layer.kept):
-            blank = torch.zeros(layer.codec.page_bytes, dtype=torch.uint8, device=layer.device)
+            blank = layer.pages.new_zeros(layer.codec.page_bytes)
             cut = [
                 layer.pages[row, count - layer.dropped] if kept else blank
                 for row, (count, kept) in enumerate(zip(layer.counts, layer.kept, strict=True))

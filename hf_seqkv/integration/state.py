@@ -122,10 +122,6 @@ def _table(config, tensors, facts, t: int, device: torch.device) -> PositionTabl
 
 
 def _set_layer(layer: SeqKVLayer, tensors, made, dtype: torch.dtype) -> None:
-    def given(name: str) -> torch.Tensor | None:
-        x = tensors.get(f"{layer.index}.{name}")
-        return None if x is None else x.to(layer.device)
-
     heads, key_dim, value_dim = made["shape"]
     device = layer_device(layer.cache, layer.index)
     rows = len(made["start"])
@@ -135,15 +131,16 @@ def _set_layer(layer: SeqKVLayer, tensors, made, dtype: torch.dtype) -> None:
     for name in COUNTS:
         setattr(layer, name, list(made[name]) if isinstance(made[name], (list, tuple)) else made[name])
     for name in ("pages", "sink_k", "sink_v", "recent_k", "recent_v", "mean"):
-        x, mine = given(name), getattr(layer, name)
+        x, mine = tensors.get(f"{layer.index}.{name}"), getattr(layer, name)
         if (x is None) != (mine is None) or (x is not None and _shape(x) != _shape(mine)):
             raise ValueError(f"{name} of layer {layer.index}")
-        setattr(layer, name, x)
+        setattr(layer, name, None if x is None else x.to(mine.device))
     if any(made["held"]) and layer.held is None:
         raise ValueError(f"held tokens of layer {layer.index}")
     if any(made["held"]):
         layer.held.counts = list(made["held"])
-        layer.held.k, layer.held.v, layer.held.slots = (given(f"held_{name}") for name in ("k", "v", "slots"))
+        given = (tensors[f"{layer.index}.held_{name}"] for name in ("k", "v", "slots"))
+        layer.held.k, layer.held.v, layer.held.slots = (x.to(layer.device) for x in given)
 
 
 def _shape(x: torch.Tensor) -> tuple:
