@@ -65,6 +65,14 @@ class PageCodec:
         """Tokens that `pages [..., page_bytes]` do not answer for, `[..., H, P]` bool."""
         return torch.zeros(*pages.shape[:-1], self.heads, self.page_size, dtype=torch.bool, device=pages.device)
 
+    def coordinates(self, pages: torch.Tensor, side: int) -> torch.Tensor:
+        """What the codes of keys (`side=0`) or values say, `[..., H, P, D]`."""
+        raise NotImplementedError
+
+    def restore(self, x: torch.Tensor, side: int) -> torch.Tensor:
+        """Keys (`side=0`) or values from their `coordinates`, which they are already unless a codec says otherwise."""
+        return x
+
     def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reconstructions `[..., H, P, Dk]` and `[..., H, P, Dv]`; fp32, or the dtype of dense pages."""
         return tuple(self.restore(self.coordinates(pages, side), side) for side in range(2))
@@ -139,10 +147,6 @@ class DensePageCodec(PageCodec):
         name, dim = (("keys", self.key_dim), ("values", self.value_dim))[side]
         flat = self.section(pages, name).contiguous().view(self.dtype)
         return flat.reshape(*pages.shape[:-1], self.heads, self.page_size, dim)
-
-    def restore(self, x: torch.Tensor, side: int) -> torch.Tensor:
-        """`coordinates` are keys and values already."""
-        return x
 
     def splice(self, old: torch.Tensor, new: torch.Tensor, keep: int) -> torch.Tensor:
         """Page of the first `keep` tokens of `old` and the rest of `new`."""

@@ -102,17 +102,11 @@ class GroupCodec(PageCodec):
             parts[f"{name}_codes"], parts[f"{name}_scales"] = groups.encode(x)
         return self._assemble(**parts)
 
-    def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstructions `[..., H, P, Dk]` and `[..., H, P, Dv]`, fp32."""
-        return tuple(
-            groups.decode(
-                *(self.section(pages, f"{name}_{part}") for part in ("codes", "scales")),
-                self.heads,
-                self.page_size,
-                dim,
-            )
-            for name, (groups, dim) in self.sides.items()
-        )
+    def coordinates(self, pages: torch.Tensor, side: int) -> torch.Tensor:
+        """Keys (`side=0`) or values, `[..., H, P, D]` fp32."""
+        name, (groups, dim) = list(self.sides.items())[side]
+        parts = (self.section(pages, f"{name}_{part}") for part in ("codes", "scales"))
+        return groups.decode(*parts, self.heads, self.page_size, dim)
 
     def splice(self, old: torch.Tensor, new: torch.Tensor, keep: int) -> torch.Tensor:
         """Page of the first `keep` tokens of `old` and the rest of `new`, quantised again: groups span tokens."""

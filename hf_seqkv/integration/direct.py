@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels.interface import Scoring
-from .handle import OPERATIONS, Handle, Lazy, say_rebuilt
+from .handle import OPERATIONS, Handle, Lazy, dense, say_rebuilt
 
 WINDOW = 1024  # tokens rebuilt at once
 MAX_STEPS = 16  # new tokens a fused call takes; more (chunked prefill) is matrix work for the dense path
@@ -114,16 +114,18 @@ def _baddbmm(x, batch1, batch2, *, beta=1, alpha=1):
     return beta * x + alpha * found.products(batch1) if beta else alpha * found.products(batch1)
 
 
-@_operation(torch.nn.functional.scaled_dot_product_attention)
-def _attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+_attend = torch.nn.functional.scaled_dot_product_attention
+
+
+@_operation(_attend)
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     handles = isinstance(key, Handle) and isinstance(value, Handle) and key.view_ is value.view_
-    if not handles or isinstance(query, Lazy) or query.dim() != 4 or query.shape[2] > MAX_STEPS or dropout_p:
-        return NotImplemented
-    if query.shape[1] % key.shape[1] or (attn_mask is not None and attn_mask.dim() != 4):
-        return NotImplemented
-    if is_causal:
-        return NotImplemented  # torch counts from the first key, not from the last
+    # Of a causal call torch counts from the first key, not from the last.
+    plain = not (isinstance(query, Lazy) or dropout_p or is_causal) and query.dim() == 4
+    if not (handles and plain and query.shape[2] <= MAX_STEPS and query.shape[1] % key.shape[1] == 0) or not (
+        attn_mask is None or attn_mask.dim() == 4
+    ):
+        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return _attend(*map(dense, (query, key, value)), attn_mask, dropout_p, **options)
     scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, causal=False)
     return key.attend(query, attn_mask, scoring).transpose(1, 2)
