@@ -1,8 +1,9 @@
 """Which transformers this works with, what it needs of it, and what it works around.
 
-Tested with 5.21 to 5.23. From 5.15 on every seam is there, but upstream fails: before 5.21 a chunked prefill runs the
-whole prompt again after a prefix that was loaded, before 5.18 its own sliding cache breaks in assisted decoding. 5.14
-and older have another cache interface (`crop` to a length).
+Tested with 5.21 to 5.23. 5.24 calls caches `cache` where all others call them `past_key_values`. From 5.15 on every
+seam is there, but upstream fails: before 5.21 a chunked prefill runs the whole prompt again after a prefix that was
+loaded, before 5.18 its own sliding cache breaks in assisted decoding. 5.14 and older have another cache interface
+(`crop` to a length).
 
 What the modules beside this one do only because transformers leaves no other way:
 
@@ -49,6 +50,7 @@ SEAMS = {
         "AttentionInterface.register": ("key", "value"),
         "PreTrainedModel": (),
     },
+    "modeling_outputs": {"BaseModelOutputWithPast": ("past_key_values",)},
     "cache_utils": {
         "DynamicCache": ("config",),
         "DynamicCache.update": ("key_states", "value_states", "layer_idx"),
