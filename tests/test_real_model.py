@@ -13,8 +13,8 @@ from hf_seqkv.eval import passages, smollm2
 from hf_seqkv.eval.measure import Run, measure_in_process
 from hf_seqkv.eval.perplexity import compare, teacher_forced_logits
 from hf_seqkv.integration import records
-from hf_seqkv.kernels import cpu
 from hf_seqkv.integration.sequence_cache import SequenceCache
+from hf_seqkv.kernels import cpu
 
 CONTEXT, SCORED = 1024, 2048
 
