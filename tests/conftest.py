@@ -2,8 +2,12 @@
 
 import os
 
-# Before torch starts its threads: spinning ones starve each other where a runner has fewer processors than it says.
+# Before torch starts its threads: spinning ones starve each other where a runner has fewer processors than it says, and
+# those of several workers do.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import pytest
 import torch
