@@ -143,14 +143,15 @@ def test_a_dearer_symbol_is_avoided():
 
 
 def test_code_lengths_are_sums_of_prices():
-    """Of every row by every choice of classes; a value beyond the tables counts as the last in them."""
+    """Of every row in every setting; a value beyond the tables counts as the last in them."""
     _, made = zone()
+    classes, moves = made["classes"][0], torch.randint(0, CLASSES, (SETTINGS, CLASSES), dtype=torch.uint8)
     symbols = torch.randint(-LIMIT - 40, LIMIT + 40, (33, WIDTH), dtype=torch.int32)
-    found = code_lengths(symbols, made["classes"], made["bits"])
+    found = code_lengths(symbols, classes, moves, made["bits"])
     assert found.shape == (33, SETTINGS)
     columns = symbols.long().clamp(-LIMIT, LIMIT) + LIMIT
-    for setting, classes in enumerate(made["classes"].long()):
-        expected = made["bits"].double()[classes, columns].sum(1)
+    for setting, move in enumerate(moves.long()):
+        expected = made["bits"].double()[move[classes.long()], columns].sum(1)
         torch.testing.assert_close(found[:, setting].double(), expected, rtol=1e-5, atol=0)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_seqkv.codec.entropy import decode, decode_many, encode, encode_many, lanes
+from hf_seqkv.codec.entropy import decode, encode, lanes
 from hf_seqkv.codec.symbol_tables import ESCAPE, LIMIT, TOTAL, SymbolTables
 
 GOLDEN = Path(__file__).parent / "golden" / "entropy.stream"
@@ -243,27 +243,3 @@ def test_short_streams_are_not_dominated_by_states():
     ideal = ideal_bits(symbols, classes, tables)
     assert 0.55 * 20_000 < ideal < 0.75 * 20_000
     assert len(encode(symbols, classes, tables)) * 8 <= 1.01 * ideal
-
-
-# Threads.
-
-
-def test_threads_change_nothing():
-    generator = torch.Generator().manual_seed(4)
-    counts = [0, 1, 1000, 40_000, 200_000, 70_000]
-    classes = [torch.randint(0, CLASSES, (n,), dtype=torch.uint8, generator=generator) for n in counts]
-    symbols = [torch.randn(n, generator=generator).mul(3).round().int() for n in counts]
-    alone = [encode(s, c, TABLES) for s, c in zip(symbols, classes, strict=True)]
-    for threads in (1, 2, 5, None):
-        assert encode_many(symbols, classes, TABLES, threads) == alone
-        for decoded, s in zip(decode_many(alone, classes, TABLES, threads), symbols, strict=True):
-            assert torch.equal(decoded, s)
-
-
-def write_golden():
-    tables, classes, symbols = golden_inputs()
-    GOLDEN.write_bytes(encode(symbols, classes, tables))
-
-
-if __name__ == "__main__":
-    write_golden()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_entropy import CLASSES, TABLES, int32, uint8
 
-from hf_seqkv.codec.entropy import decode, decode_many, encode
+from hf_seqkv.codec.entropy import decode, encode
 from hf_seqkv.errors import FormatError
 
 
@@ -96,9 +96,3 @@ def test_what_callers_get_wrong_is_named():
         encode(int32(0, 0), uint8(0), TABLES)
     with pytest.raises(ValueError, match="symbols are"):
         encode(int32(0).long(), uint8(0), TABLES)
-
-
-def test_a_damaged_stream_among_many_is_refused():
-    _, classes, data = small_stream()
-    with pytest.raises(FormatError):
-        decode_many([data, data[:-2], data], [classes] * 3, TABLES, 2)

@@ -122,10 +122,23 @@ def test_any_numbers_come_back_as_held(seed, count, step, predict, spread):
     pages, held, encoder = encode(codec, embedded, layers)
     levels, coarse, fine = codec._read(pages)
     coarse = coarse.split([part.sizes[0].numel() for part in codec.parts], 1)
-    assert torch.equal(levels, torch.stack(encoder.levels, 1))
-    for ours, theirs in ((coarse, encoder.coarse), (fine, encoder.fine)):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for index, found in enumerate(zip(levels.unbind(1), coarse, fine, strict=True)):
+        assert all(torch.equal(a, b) for a, b in zip(found, encoder.coded(index), strict=True))
     assert torch.equal(flat(decode(codec, pages, embedded)), flat(held))
+
+
+@both
+def test_pages_do_not_depend_on_threads(predict):
+    codec, (embedded, layers) = make_codec(predict), make_pages(5)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            found.append(encode(codec, embedded, layers)[0])
+            assert torch.equal(flat(decode(codec, found[0], embedded)), flat(decode(codec, found[-1], embedded)))
+    finally:
+        torch.set_num_threads(before)
+    assert found[1:] == found[:-1]
 
 
 @both
@@ -167,7 +180,7 @@ def test_refined_tokens_err_less():
     embedded, layers = make_pages(8)
     codec = make_codec(predict=False)
     _, held, encoder = encode(codec, embedded, layers)
-    levels, errors = torch.cat(encoder.levels, 0).flatten(), []
+    levels, errors = torch.cat([encoder.coded(i)[0].flatten() for i in range(len(codec.parts))]), []
     by_token = torch.cat([x.square().mean(-1).flatten() for x in coefficients(codec, held, layers)[0]])
     for level in range(LEVELS + 1):
         assert (levels == level).sum() > 10
@@ -176,7 +189,7 @@ def test_refined_tokens_err_less():
         assert 3 < coarser / finer < 6  # half the step for each level
     expected = features(*(x.transpose(1, 2).flatten(0, 1) for x in layers[1]), torch.arange(8 * PAGE))
     expected = (expected @ codec.parts[2].importance).round().clamp(0, LEVELS)
-    assert torch.equal(encoder.levels[2].flatten(), expected.long())
+    assert torch.equal(encoder.coded(2)[0].flatten(), expected.long())
 
 
 def test_another_prediction_shifts_what_is_decoded_and_loses_nothing():
@@ -218,16 +231,16 @@ def test_bytes_are_what_tables_promise(predict):
     def price(classes, symbols):
         return bits[classes.long(), symbols.long() + LIMIT].sum().item()
 
-    pairs = zip(encoder.coarse, codec.coders, strict=True)
-    chosen = torch.stack([best_shifts(x, coder.kinds, bits.float()) for x, coder in pairs], 1)
+    coded = [encoder.coded(i) for i in range(len(codec.parts))]
+    pairs = zip(coded, codec.coders, strict=True)
+    chosen = torch.stack([best_shifts(x[1], coder.coarse.classes[0], bits.float()) for x, coder in pairs], 1)
     for n, page in enumerate(pages):
         expected = price(torch.full((len(codec.parts),), SHIFT_CLASS), chosen[n])
-        for i, coder in enumerate(codec.coders):
-            levels = encoder.levels[i][n]
-            refined = (torch.cat(list(encoder.levels[i][:n])) > 0).sum() if n else 0
-            rows = encoder.fine[i][refined : refined + (levels > 0).sum()]
+        for i, (coder, (levels, coarse, fine)) in enumerate(zip(codec.coders, coded, strict=True)):
+            refined, levels = (levels[:n] > 0).sum(), levels[n]
+            rows = fine[refined : refined + (levels > 0).sum()]
             expected += price(torch.full_like(levels, LEVEL_CLASSES + coder.part.share), levels)
-            expected += price(coder.kinds[chosen[n, i] + SHIFTS], encoder.coarse[i][n])
+            expected += price(coder.kinds[chosen[n, i] + SHIFTS], coarse[n])
             expected += price(coder.fine.classes[levels[levels > 0] - 1], rows)
         streams = HEADER + 3 * (4 + 4)  # each with its count of words and one lane's state
         assert 8 * (len(page) - streams) == pytest.approx(expected, rel=0.02)
@@ -239,7 +252,7 @@ def test_shifts_are_the_cheapest():
     classes = (torch.arange(60) % SIZES).byte()
     deviation = 2.0 ** ((classes - SIZES // 3) / 4)
     symbols = torch.stack([(scale * deviation * torch.randn(60)).round() for scale in (0.2, 1, 5)]).clamp(-LIMIT, LIMIT)
-    found = best_shifts(symbols.int(), shifted(classes), bits)
+    found = best_shifts(symbols.int(), classes, bits)
     for row, best in zip(symbols.long(), found.tolist(), strict=True):
         costs = {}
         for shift in range(-SHIFTS, SHIFTS + 1):

@@ -95,10 +95,9 @@ class _Tally:
         symbols, x, which = symbols[::COUNTED], x[::COUNTED], which[::COUNTED]
         kinds = zone.classes.long()[which]
         if bits is not None:
-            moved = shifted(zone.classes[0])
-            shifts = best_shifts(symbols, moved, bits)
+            shifts = best_shifts(symbols, zone.classes[0], bits)
             self._count(torch.full_like(shifts, SHIFT_CLASS), shifts)
-            kinds = moved[shifts + SHIFTS].long()
+            kinds = shifted(zone.classes[0])[shifts + SHIFTS].long()
         sizes = symbols.abs().long()
         inside = sizes <= LIMIT
         self._count(kinds[inside], symbols[inside].long())

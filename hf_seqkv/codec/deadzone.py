@@ -10,14 +10,15 @@ random variables", 1996. `LAMBDA` is `6 ln 2 / 36`, the slope of distortion agai
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numba import njit
 
 from .symbol_tables import LIMIT
+from .threads import on_threads, spans
 
 LAMBDA = 0.1155
 OFFSETS = 3  # magnitudes with a reconstruction point of their own: 1, 2, and 3 with all above
@@ -26,72 +27,102 @@ _MOST = np.float32(2**30)  # a symbol fits 32 bits whatever the coefficient
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
+# Indices are unsigned: others are checked for being negative in every access. Most coefficients become 0 or 1, as
+# likely as not, so that choice is made without a branch: from a threshold on, 1 costs less.
 @njit(**_OPTIONS)
 def _quantise(x, which, order, classes, scales, bits, offsets, symbols, out):
+    zero, weight = np.uint64(LIMIT), np.float32(LAMBDA)
     for row in range(x.shape[0]):
-        table = which[row]
-        scale, inverse = scales[table], np.float32(1) / scales[table]
-        for at in range(order.shape[1]):
-            position, kind = order[table, at], classes[table, at]
-            value = x[row, position] * inverse
-            size = min(abs(value), _MOST)
-            best = np.int64(size + np.float32(0.5))
-            if best > 0:
-                rounded = best
-                cost = np.float32(np.inf)
-                for candidate in (rounded, rounded - 1, 0):
-                    column = min(candidate, LIMIT)
-                    price = bits[kind, LIMIT + column if value > 0 else LIMIT - column]
-                    gap = size - np.float32(candidate)
-                    total = gap * gap + np.float32(LAMBDA) * price
-                    if total < cost:
-                        cost, best = total, candidate
-            symbols[row, at] = best if value > 0 else -best
-            rebuilt = np.float32(0)
-            if best > 0:
-                rebuilt = (np.float32(best) + offsets[kind, min(best, OFFSETS) - 1]) * scale
-            out[row, position] = rebuilt if value > 0 else -rebuilt
+        table, at = which[row], np.uint64(0)
+        places, kinds, values, rebuilt, found = order[table], classes[table], x[row], out[row], symbols[row]
+        scale, inverse, count = scales[table], np.float32(1) / scales[table], np.uint64(order.shape[1])
+        while at < count:
+            kind = np.uint64(kinds[at])
+            prices, half = bits[kind], np.float32(0.5)
+            up = max(half, half + half * weight * (prices[zero + np.uint64(1)] - prices[zero]))
+            down = max(half, half + half * weight * (prices[zero - np.uint64(1)] - prices[zero]))
+            one = (np.float32(1) + offsets[kind, np.uint64(0)]) * scale
+            while at < count and np.uint64(kinds[at]) == kind:
+                place = np.uint64(places[at])
+                value = values[place] * inverse
+                size = min(abs(value), _MOST)
+                if size < np.float32(1.5):
+                    best = np.int64(value >= up) - np.int64(value <= -down)
+                    rebuilt[place] = np.float32(best) * one
+                else:
+                    best = _cheapest(size, prices, 1 if value > 0 else -1)
+                    near = np.float32(0)
+                    if best > 0:
+                        near = (np.float32(best) + offsets[kind, np.uint64(min(best, OFFSETS) - 1)]) * scale
+                    if value < 0:
+                        best, near = -best, -near
+                    rebuilt[place] = near
+                found[at] = best
+                at += np.uint64(1)
+
+
+@njit(**_OPTIONS)
+def _cheapest(size, prices, side):
+    """The best magnitude for one of 1.5 or more."""
+    rounded = np.int64(size + np.float32(0.5))
+    best, least = np.int64(0), size * size + np.float32(LAMBDA) * prices[np.uint64(LIMIT)]
+    for candidate in (rounded - 1, rounded):
+        gap = size - np.float32(candidate)
+        cost = gap * gap + np.float32(LAMBDA) * prices[np.uint64(LIMIT + side * min(candidate, LIMIT))]
+        if cost <= least:
+            least, best = cost, candidate
+    return best
 
 
 @njit(**_OPTIONS)
 def _dequantise(symbols, which, order, classes, scales, offsets, out):
+    points = np.zeros((offsets.shape[0], OFFSETS + 1), np.float32)  # by magnitude, so that none needs a branch
+    points[:, 1:] = offsets
     for row in range(symbols.shape[0]):
         table = which[row]
-        scale = scales[table]
-        for at in range(order.shape[1]):
-            symbol = np.int64(symbols[row, at])  # the least int32 has no magnitude
-            rebuilt = np.float32(0)
-            if symbol != 0:
-                offset = offsets[classes[table, at], min(abs(symbol), OFFSETS) - 1]
-                rebuilt = (np.float32(symbol) + (offset if symbol > 0 else -offset)) * scale
-            out[row, order[table, at]] = rebuilt
+        places, kinds, values, rebuilt, scale = order[table], classes[table], symbols[row], out[row], scales[table]
+        for at in range(places.size):
+            symbol = np.int64(values[at])  # the least int32 has no magnitude
+            size = abs(symbol)
+            near = (np.float32(size) + points[np.uint64(kinds[at]), np.uint64(min(size, OFFSETS))]) * scale
+            rebuilt[np.uint64(places[at])] = math.copysign(near, np.float32(symbol))
 
 
 @njit(**_OPTIONS)
-def _code_lengths(symbols, classes, bits, out):
-    out[:] = 0
+def _code_lengths(symbols, classes, moves, bits, out):
+    counts = np.zeros(2 * LIMIT + 1, np.int64)
     for row in range(symbols.shape[0]):
-        for at in range(symbols.shape[1]):
-            column = max(min(symbols[row, at], LIMIT), -LIMIT) + LIMIT
-            for setting in range(classes.shape[1]):
-                out[row, setting] += bits[classes[at, setting], column]
+        values, lengths, at = symbols[row], out[row], 0
+        lengths[:] = 0
+        while at < classes.size:
+            kind, low, high = classes[at], LIMIT, LIMIT
+            while at < classes.size and classes[at] == kind:
+                column = max(min(values[at], LIMIT), -LIMIT) + LIMIT
+                low, high = min(low, column), max(high, column)
+                counts[np.uint64(column)] += 1
+                at += 1
+            for setting in range(moves.shape[0]):
+                prices = bits[np.uint64(moves[setting, np.uint64(kind)])]
+                for column in range(low, high + 1):
+                    lengths[setting] += np.float32(counts[np.uint64(column)]) * prices[np.uint64(column)]
+            counts[low : high + 1] = 0
 
 
-def code_lengths(symbols: torch.Tensor, classes: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Bits that rows of symbols take if their classes were these.
+def code_lengths(symbols: torch.Tensor, classes: torch.Tensor, moves: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Bits that rows of symbols take if their classes were others.
 
     Args:
         symbols: `[n, M]` int32.
-        classes: `[S, M]` uint8.
+        classes: Of each place in a row, `[M]` uint8; runs of one class are fastest.
+        moves: The class that takes a class's place in each of `S` settings, `[S, C]` uint8.
         bits: As in `DeadZone`.
 
     Returns:
         `[n, S]` fp32; a value beyond the tables counts as the last in them.
     """
-    out = torch.empty(len(symbols), len(classes))
-    _on_threads(
-        _code_lengths, (symbols.contiguous(),), (classes.T.contiguous().numpy(), bits.contiguous().numpy()), (out,)
-    )
+    out = torch.empty(len(symbols), len(moves))
+    tables = [x.contiguous().numpy() for x in (classes, moves, bits)]
+    _on_threads(_code_lengths, (symbols.contiguous(),), tables, (out,))
     return out
 
 
@@ -147,15 +178,9 @@ class DeadZone:
 def _on_threads(kernel: Callable, inputs: tuple, tables: tuple, outputs: tuple) -> None:
     """Run a kernel over rows, a part of them on each of torch's threads; no result depends on the parts."""
     count = len(inputs[0])
-    threads = max(1, min(torch.get_num_threads(), count, inputs[0].numel() // LEAST))
-    rows = [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
+    parts = max(1, min(torch.get_num_threads(), count, inputs[0].numel() // LEAST))
     inputs, outputs = ([t.numpy() for t in group] for group in (inputs, outputs))
-
-    def part(span: slice) -> None:
-        kernel(*(t[span] for t in inputs), *tables, *(t[span] for t in outputs))
-
-    if threads == 1:
-        part(rows[0])
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(part, rows))
+    on_threads(
+        lambda span: kernel(*(t[span] for t in inputs), *tables, *(t[span] for t in outputs)),
+        spans(count, -(-count // parts) or 1),
+    )

@@ -24,9 +24,6 @@ An escape of `v > m` stores `e = v - m - 1`, one of `v < -m` stores `e = v + m`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from numba import njit
@@ -191,26 +188,3 @@ def decode(data: bytes, classes: torch.Tensor, tables: SymbolTables) -> torch.Te
             f"stream of {classes.size} symbols is damaged or foreign: {_DAMAGE[damage]}; drop it and prefill again"
         )
     return torch.from_numpy(values)
-
-
-def _on_threads(function, first: Sequence, second: Sequence, tables: SymbolTables, threads: int | None) -> list:
-    def call(pair):
-        return function(*pair, tables)
-
-    # The compiled coders let go of the interpreter's lock.
-    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
-        return list(pool.map(call, zip(first, second, strict=True)))
-
-
-def encode_many(
-    symbols: Sequence[torch.Tensor], classes: Sequence[torch.Tensor], tables: SymbolTables, threads: int | None = None
-) -> list[bytes]:
-    """`encode` of every pair of symbols and classes, on `threads` threads, torch's number of them if None."""
-    return _on_threads(encode, symbols, classes, tables, threads)
-
-
-def decode_many(
-    data: Sequence[bytes], classes: Sequence[torch.Tensor], tables: SymbolTables, threads: int | None = None
-) -> list[torch.Tensor]:
-    """`decode` of every pair of a stream and classes, on `threads` threads, torch's number of them if None."""
-    return _on_threads(decode, data, classes, tables, threads)

@@ -26,11 +26,12 @@ from .exact_coder import LANES
 from .exact_part import embedding_inputs
 from .exact_payload import blank, close_payloads, open_payloads
 from .exact_predict import Nowhere, Side
-from .exact_stream import Coding, on_threads
+from .exact_stream import TOGETHER, Coding
 from .exact_tables import SIDES, ExactTables
 from .page import QuantizedPageCodec
 from .sequence_part import Part
 from .surroundings import Surroundings
+from .threads import on_threads, spans
 
 MAGIC, VERSION = b"SKVX", 1
 _HEADER = struct.Struct("<4sHHHHI16sII")
@@ -112,7 +113,7 @@ class ExactCodec:
                 stored.append(self._seal(coded if whole else payload, payload))
             return stored
 
-        return [page for stored in on_threads(sealed, len(pages[0])) for page in stored]
+        return [page for stored in on_threads(sealed, spans(len(pages[0]), TOGETHER)) for page in stored]
 
     def lengths(self, pages: Sequence[torch.Tensor], around: Surroundings) -> np.ndarray:
         """Bits that keys and values of each layer take in `N` pages, headers aside: `[layers, 2]` float64."""
@@ -122,7 +123,7 @@ class ExactCodec:
             bits = self._encoded(pages, around, span)[2].bits().sum(0)
             return [x.sum() for x in np.split(bits, np.cumsum(counts)[:-1])]
 
-        return np.sum(on_threads(taken, len(pages[0])), 0).reshape(-1, 2)
+        return np.sum(on_threads(taken, spans(len(pages[0]), TOGETHER)), 0).reshape(-1, 2)
 
     def _encoded(self, pages: Sequence[torch.Tensor], around: Surroundings, span: slice) -> tuple:
         """Some of the pages: their payloads, what is in them, and their streams."""
@@ -155,7 +156,7 @@ class ExactCodec:
             for page, x, out in zip(self.pages, numbers, found, strict=True):
                 out[at] = close_payloads(page, x)
 
-        on_threads(fill, len(coded))
+        on_threads(fill, spans(len(coded), TOGETHER))
         for n, (form, body, crc) in enumerate(opened):
             if form == _RAW:
                 rest = torch.frombuffer(bytearray(body), dtype=torch.uint8)

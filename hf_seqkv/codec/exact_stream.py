@@ -1,13 +1,10 @@
-"""Streams of the exact codec while heads are coded one after the other, some pages a thread; see `exact.py`."""
+"""Streams of the exact codec while heads are coded one after the other; see `exact.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from ..errors import FormatError
 from .exact_cells import TOTAL_BITS, interval_tables
@@ -15,7 +12,6 @@ from .exact_coder import LANES, code_head, write
 from .exact_predict import Side
 
 TOGETHER = 8  # pages coded at once: bounds the memory that takes
-T = TypeVar("T")
 
 
 class Coding:
@@ -98,14 +94,3 @@ class Coding:
                 "exact page does not end where it began: it is of other tokens, positions or key means than were "
                 "given, or damaged; drop it and prefill again"
             )
-
-
-def on_threads(function: Callable[[slice], T], count: int) -> list[T]:
-    """Results for spans of `count` pages, as many at once as torch has threads; none depends on how many."""
-    spans = [slice(at, min(at + TOGETHER, count)) for at in range(0, count, TOGETHER)]
-    threads = min(torch.get_num_threads(), len(spans))
-    if threads < 2:
-        return [function(span) for span in spans]
-    # Inside a span torch has one thread: its own waiting ones would take the processors from ours.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(function, spans))

@@ -38,6 +38,7 @@ from .deadzone import DeadZone
 from .importance import LEVELS
 from .sequence_part import LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts
 from .symbol_tables import SymbolTables
+from .threads import on_threads, spans
 
 MAGIC, VERSION = b"SKVS", 1
 _HEADER = struct.Struct("<4sHhHHIII16sI")
@@ -110,8 +111,13 @@ class SequenceCodec:
         Raises:
             FormatError: A page is truncated, damaged, of another version or of another codec.
         """
+        few = [self._decode(pages[span], _of(embedded, span), heads) for span in spans(len(pages))]
+        for _ in heads:
+            yield tuple(map(torch.cat, zip(*on_threads(next, few), strict=True)))
+
+    def _decode(self, pages: Sequence[bytes], embedded: torch.Tensor | None, heads: Sequence[int]) -> Iterator[tuple]:
+        """`decode` on one thread."""
         levels, symbols, fine = self._read(pages)
-        # All parts at once: torch's threads rest meanwhile.
         rebuilt = self._zone.dequantise(symbols, torch.zeros(len(pages), dtype=torch.int64)).split(self._sizes, 1)
         context = Context(embedded)
         for index, coder in enumerate(self.coders):
@@ -125,7 +131,7 @@ class SequenceCodec:
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
-    def write(self, levels: torch.Tensor, coarse: list[torch.Tensor], fine: list[torch.Tensor]) -> list[bytes]:
+    def write(self, levels: torch.Tensor, coarse: Sequence[torch.Tensor], fine: Sequence[torch.Tensor]) -> list[bytes]:
         """Stored pages.
 
         Args:
@@ -133,15 +139,15 @@ class SequenceCodec:
             coarse, fine: Symbols of each part, `[N, P * W]` and `[n, W]` int32, tokens in order.
         """
         pages = len(levels)
-        shifts = [best_shifts(x, coder.kinds, self._bits) for x, coder in zip(coarse, self.coders, strict=True)]
-        shifts = torch.stack(shifts, 1)
+        classes = [coder.coarse.classes[0] for coder in self.coders]
+        shifts = torch.stack([best_shifts(*x, self._bits) for x in zip(coarse, classes, strict=True)], 1)
         counts = [(levels[:, i] > 0).sum(-1).tolist() for i in range(len(self.parts))]
         finer = [x.split(count) for x, count in zip(fine, counts, strict=True)]
         symbols = [torch.cat([levels[n].flatten(), shifts[n]]).to(torch.int32) for n in range(pages)]
         symbols += [torch.cat([x[n] for x in coarse]) for n in range(pages)]
         symbols += [torch.cat([x[n].flatten() for x in finer]) for n in range(pages)]
         kinds = [self._head] * pages + self._coarse_classes(shifts) + [self._fine_classes(x) for x in levels]
-        streams = entropy.encode_many(symbols, kinds, self.tables)
+        streams = [entropy.encode(*pair, self.tables) for pair in zip(symbols, kinds, strict=True)]
         return [self._seal(streams[n::pages]) for n in range(pages)]
 
     def _coarse_classes(self, shifts: torch.Tensor) -> list[torch.Tensor]:
@@ -165,7 +171,7 @@ class SequenceCodec:
     def _read(self, pages: Sequence[bytes]):
         """Levels `[N, parts, P]` int64, coefficients' symbols of all parts `[N, M]`, refinements' of every part."""
         first, second, third = zip(*map(self._open, pages), strict=True)
-        heads = torch.stack(entropy.decode_many(first, [self._head] * len(pages), self.tables)).long()
+        heads = torch.stack(self._symbols(first, [self._head] * len(pages))).long()
         levels, shifts = heads.split([len(self.parts) * self.page_size, len(self.parts)], 1)
         levels = levels.unflatten(1, (len(self.parts), -1))
         if levels.min() < 0 or levels.max() > LEVELS or shifts.abs().max() > SHIFTS:
@@ -173,13 +179,16 @@ class SequenceCodec:
                 f"a level is not one of 0 to {LEVELS}, or a shift beyond {SHIFTS}: the page is damaged; drop it and "
                 "prefill again"
             )
-        coarse = torch.stack(entropy.decode_many(second, self._coarse_classes(shifts), self.tables))
-        third = entropy.decode_many(third, [self._fine_classes(x) for x in levels], self.tables)
+        coarse = torch.stack(self._symbols(second, self._coarse_classes(shifts)))
+        third = self._symbols(third, [self._fine_classes(x) for x in levels])
         widths = [part.sizes.shape[2] for part in self.parts]
         sizes = ((levels > 0).sum(-1) * torch.tensor(widths)).tolist()
         runs = [x.split(size) for x, size in zip(third, sizes, strict=True)]
         fine = [torch.cat([run[i] for run in runs]).unflatten(0, (-1, width)) for i, width in enumerate(widths)]
         return levels, coarse, fine
+
+    def _symbols(self, streams: Sequence[bytes], classes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [entropy.decode(*pair, self.tables) for pair in zip(streams, classes, strict=True)]
 
     def _open(self, page: bytes) -> list[bytes]:
         if len(page) < _HEADER.size:
@@ -204,14 +213,16 @@ class SequenceCodec:
         return [body[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
+def _of(embedded: torch.Tensor | None, span: slice) -> torch.Tensor | None:
+    return None if embedded is None else embedded[span]
+
+
 class SequenceEncoder:
     """Pages being encoded, layer by layer; see `SequenceCodec.encoder`."""
 
     def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None):
-        self.codec, self.context = codec, Context(embedded)
-        self.levels: list[torch.Tensor] = []
-        self.coarse: list[torch.Tensor] = []
-        self.fine: list[torch.Tensor] = []
+        self.codec, self._embedded = codec, embedded
+        self._spans: list[_Span] = []
 
     def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Code the next layer.
@@ -223,19 +234,39 @@ class SequenceEncoder:
         Returns:
             Both as decoded, fp32.
         """
-        k, v = (x.float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]
-        found = importance.features(k, v, positions.flatten())
-        for x in (k, v):
-            coder = self.codec.coders[len(self.levels)]
-            levels = importance.levels(found, coder.part.importance)
-            predicted = self.context.predict(coder.part)
-            coarse, fine, decoded = coder.encode(x.flatten(1), predicted, levels)
-            self.context.add(decoded)
-            self.levels.append(levels.unflatten(0, (-1, self.codec.page_size)))
-            self.coarse.append(coarse)
-            self.fine.append(fine)
-        return tuple(self.codec._heads(x, k.shape[1]) for x in self.context.layers[0])
+        self._spans = self._spans or [_Span(self.codec, self._embedded, span) for span in spans(len(k))]
+        found = on_threads(lambda span: span.add(k, v, positions), self._spans)
+        return tuple(map(torch.cat, zip(*found, strict=True)))
+
+    def coded(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a part was coded to: levels `[N, P]`, coefficients' symbols `[N, P * W]`, refinements' `[n, W]`."""
+        return tuple(map(torch.cat, zip(*(span.coded[index] for span in self._spans), strict=True)))
 
     def finish(self) -> list[bytes]:
         """The stored pages, once all layers were added."""
-        return self.codec.write(torch.stack(self.levels, 1), self.coarse, self.fine)
+        return [page for pages in on_threads(_Span.finish, self._spans) for page in pages]
+
+
+class _Span:
+    """Pages that one thread encodes."""
+
+    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, span: slice):
+        self.codec, self.span = codec, span
+        self.context = Context(_of(embedded, span))
+        self.coded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `SequenceEncoder.add`, of the span's pages among all."""
+        k, v = (x[self.span].float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]
+        found = importance.features(k, v, positions[self.span].flatten())
+        for x in (k, v):
+            coder = self.codec.coders[len(self.coded)]
+            levels = importance.levels(found, coder.part.importance)
+            coarse, fine, decoded = coder.encode(x.flatten(1), self.context.predict(coder.part), levels)
+            self.context.add(decoded)
+            self.coded.append((levels.unflatten(0, (-1, self.codec.page_size)), coarse, fine))
+        return tuple(self.codec._heads(x, k.shape[1]) for x in self.context.layers[0])
+
+    def finish(self) -> list[bytes]:
+        levels, coarse, fine = zip(*self.coded, strict=True)
+        return self.codec.write(torch.stack(levels, 1), coarse, fine)

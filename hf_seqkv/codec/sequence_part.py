@@ -84,9 +84,12 @@ def shifted(classes: torch.Tensor) -> torch.Tensor:
     return (classes.long() + moved).clamp(0, SIZES - 1).to(torch.uint8)
 
 
-def best_shifts(symbols: torch.Tensor, kinds: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Shifts with which a part's symbols `[N, M]` take the fewest bits, `[N]` int64; `kinds` are from `shifted`."""
-    return code_lengths(symbols, kinds, bits).argmin(1) - SHIFTS
+_MOVES = shifted(torch.arange(SIZES, dtype=torch.uint8))
+
+
+def best_shifts(symbols: torch.Tensor, classes: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Shifts with which a part's symbols `[N, M]`, of classes `[M]`, take the fewest bits: `[N]` int64."""
+    return code_lengths(symbols, classes, _MOVES, bits).argmin(1) - SHIFTS
 
 
 @functools.cache

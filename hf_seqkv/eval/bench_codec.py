@@ -37,9 +37,9 @@ def measure(
         seconds: For each setting.
 
     Returns:
-        JSON types by setting: `profile`, `step`, `bits_per_value`, for `encode` and `decode` seconds (median,
-        quartiles, mean) and `values_per_second` by the median, and for each of `parts` `layer`, `side`, `bits` a value
-        and `bound`.
+        JSON types by setting: `profile`, `step`, `bits_per_value` as stored, `ideal_bits_per_value` by the logarithms
+        of the coder's probabilities, for `encode` and `decode` seconds (median, quartiles, mean) and
+        `values_per_second` by the median, and for each of `parts` `layer`, `side`, `bits` a value and `bound`.
 
     Raises:
         ConfigError: The text is too short for a page, or the calibration has no such codec.
@@ -58,7 +58,8 @@ def measure(
     ]  # [pages, H, P, D]
     embedded = _pages(embed(model, ids)[None], whole, size)[which, 0]
     positions = SINKS + torch.arange(whole * size).unflatten(0, (whole, size))[which]
-    values = sum(x.numel() for pair in sides for x in pair)
+    counts = [x.numel() for pair in sides for x in pair]
+    values = sum(counts)
     heads = [k.shape[1] for k, _ in sides]
     rows = []
     for (profile, step), codec in tqdm(codecs.items(), desc="codec", unit="setting", disable=not progress, leave=False):
@@ -79,6 +80,7 @@ def measure(
                 "profile": profile,
                 "step": codec.step,
                 "bits_per_value": 8 * sum(map(len, stored)) / values,
+                "ideal_bits_per_value": sum(x["bits"] * n for x, n in zip(parts, counts, strict=True)) / values,
                 "parts": parts,
                 **{name: x | {"values_per_second": values / x["median"]} for name, x in times.items()},
             }
@@ -98,16 +100,16 @@ def _encode(codec, sides, embedded, positions) -> tuple[SequenceEncoder, list]:
 
 
 def _parts(encoder: SequenceEncoder, sides, decoded) -> list[dict]:
-    """Code length and bound of each part."""
+    """Code length and bound of each part; shifts, one symbol a page, are left out."""
     bits = encoder.codec.tables.bits()
     found = []
     for index, coder in enumerate(encoder.codec.coders):
         layer, side = divmod(index, 2)
         x, y = sides[layer][side].float(), decoded[layer][side]
-        levels = encoder.levels[index]
-        shifts = best_shifts(encoder.coarse[index], coder.kinds, bits)
-        spent = _length(bits, coder.kinds[shifts + SHIFTS], encoder.coarse[index])
-        spent += _length(bits, coder.fine.classes[levels[levels > 0] - 1], encoder.fine[index])
+        levels, coarse, fine = encoder.coded(index)
+        shifts = best_shifts(coarse, coder.coarse.classes[0], bits)
+        spent = _length(bits, coder.kinds[shifts + SHIFTS], coarse)
+        spent += _length(bits, coder.fine.classes[levels[levels > 0] - 1], fine)
         kinds = torch.full_like(levels, LEVEL_CLASSES + coder.part.share)
         spent += _length(bits, kinds, levels)
         bound = (x.square().mean() / (x - y).square().mean().clamp_min(1e-30)).log2() / 2
@@ -123,11 +125,13 @@ def _length(bits: torch.Tensor, classes: torch.Tensor, symbols: torch.Tensor) ->
 
 def table(result: dict) -> str:
     """For people: a line a setting, then for each of them a line a layer."""
-    lines = [f"{'profile':<10}{'step':>6}{'bits a value':>14}{'encode, M values/s':>22}{'decode, M values/s':>22}"]
+    titles = f"{'profile':<10}{'step':>6}{'bits a value':>14}{'of the ideal':>14}"
+    lines = [f"{titles}{'encode, M values/s':>22}{'decode, M values/s':>22}"]
     for row in result["rows"]:
         speeds = (row[name]["values_per_second"] / 1e6 for name in ("encode", "decode"))
         rates = "".join(f"{speed:>22.1f}" for speed in speeds)
-        lines.append(f"{row['profile']:<10}{row['step']:>6}{row['bits_per_value']:>14.3f}{rates}")
+        ratio = row["bits_per_value"] / row["ideal_bits_per_value"]
+        lines.append(f"{row['profile']:<10}{row['step']:>6}{row['bits_per_value']:>14.3f}{'x':>9}{ratio:5.3f}{rates}")
     for row in result["rows"]:
         lines += [
             "",
