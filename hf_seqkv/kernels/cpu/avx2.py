@@ -12,12 +12,13 @@ from llvmlite import ir
 from .simd import WORDS, call, element, load, shuffle
 
 NAME = "AVX2"
-VNNI = "avxvnni"
+VNNI = "avxvnni"  # the feature that fuses products with their sum
 # Tokens of the four vectors that a page's scores are summed up in: the halves of a register are 16 tokens apart, which
 # codes of all widths come in without crossing them.
 ORDER = [first + at + i for first in (0, 8, 32, 40) for at in (0, 16, 4, 20) for i in range(4)]
-GROUPS = [[v] for v in range(4)]  # vectors whose sums, 4 rows of 2 registers, fit beside tables in 16 registers
-BLOCK = 1
+# What is summed up at once, so that sums, 4 rows of 2 registers, fit beside tables in 16 registers: which of a page's
+# vectors of scores, and how many components of values.
+GROUPS, BLOCK = [[v] for v in range(4)], 1
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _BYTES, _QUARTERS = ir.VectorType(_I8, 32), ir.VectorType(_I32, 8)
 _SPREAD = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]  # lanes as `levels` takes them; its own inverse

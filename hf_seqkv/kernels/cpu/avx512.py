@@ -1,4 +1,4 @@
-"""Levels of 32 codes at a time with AVX-512 BW: `vpermw` looks them up. Functions are those of `avx2.py`."""
+"""Levels of 32 codes at a time with AVX-512 BW: `vpermw` looks them up. Functions and names are those of `avx2.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles of levels and their products in fp32 (`simd.py`): the CPU kernel on processors without AVX-512.
+"""Tiles of levels and their products in fp32 (`simd.py`): the CPU kernel on processors that are not x86 with AVX2.
 
 A page is expanded to a tile `[D, 64]` that stays in the first-level cache. Functions are those of `int16.py`; units
 are 1.

@@ -1,9 +1,10 @@
-"""Vector building blocks in 16-bit integers, emitted from numba, for x86 processors with AVX-512 BW.
+"""Vector building blocks in 16-bit integers, emitted from numba, for x86 processors.
 
-A level of a codebook fits a 16-bit lane; `vpermw` looks up 32 of them at once, and `vpmaddwd` multiplies and adds pairs
-(with the VNNI extension LLVM fuses that with the sum: `vpdpwssd`). Codes become levels in registers and go straight
-into the sums. For keys lanes are tokens and a lane's pair two components; for values a lane's pair is two neighbouring
-tokens. Pages hold 64 tokens here. All functions take addresses and lengths in elements, and check nothing.
+A level of a codebook fits a 16-bit lane; `vpmaddwd` multiplies and adds pairs of lanes (with the VNNI extensions LLVM
+fuses that with the sum: `vpdpwssd`). Codes become levels in registers and go straight into the sums. How they do is
+`avx512.py`'s or `avx2.py`'s; integers, and so all sums, are the same. For keys lanes are tokens and a lane's pair two
+components; for values a lane's pair is two neighbouring tokens. Pages hold 64 tokens here. All functions take addresses
+and lengths in elements, and check nothing.
 """
 
 from __future__ import annotations
@@ -168,4 +169,4 @@ def _make_mix(width, block):
 # Arguments: codes (or levels) of the first page, bytes from page to page, pages, codebook, weights (int16, 64 a page),
 # their row stride, rows, factors, out, its row stride. Index is the width.
 mix_block = [_make_mix(width, isa.BLOCK) for width in range(7)]
-mix_one = [_make_mix(width, 1) for width in range(7)]
+mix_one = mix_block if isa.BLOCK == 1 else [_make_mix(width, 1) for width in range(7)]
