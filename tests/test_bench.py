@@ -98,8 +98,8 @@ def test_duration(seconds, text):
 def test_dense_ways_agree():
     query, keys, values = torch.randn(1, 6, 1, 32), *torch.randn(2, 1, 2, 50, 32).bfloat16()
     routes = bench_kernels.dense_routes(SHAPE, query, keys, values, 2)
-    assert list(routes) == [BASELINE, "sdpa bf16", "sdpa fp32", "DynamicCache"]
-    assert [route.size for route in routes.values()] == [2 * 2 * 50 * 32 * n for n in (2, 2, 4, 4)]
+    assert list(routes) == [BASELINE, "bmm fp32", "sdpa bf16", "sdpa fp32", "DynamicCache"]
+    assert [route.size for route in routes.values()] == [2 * 2 * 50 * 32 * n for n in (2, 4, 2, 4, 4)]
     expected = routes["sdpa fp32"].call(0)
     for name, route in routes.items():
         for i in (0, 1, 0):
@@ -165,7 +165,8 @@ def test_kernels_command(reference_backend, capsys):
     result = json.loads(shown.out)
     assert result["command"].startswith("seqkv bench kernels --shape 6/2x32")
     assert result["backend"] == "reference"
-    assert list(result["rows"][0]["routes"]) == [BASELINE, "sdpa bf16", "sdpa fp32", "DynamicCache", "4/4c", "5/4c"]
+    dense = [BASELINE, "bmm fp32", "sdpa bf16", "sdpa fp32", "DynamicCache"]
+    assert list(result["rows"][0]["routes"]) == [*dense, "4/4c", "5/4c"]
     for words in (result["command"], "6/2x32 (query heads", "30*", "x1.00", "fit the last-level cache", "reference: 0"):
         assert words in shown.err
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_seqkv.codec.center import Center
 from hf_seqkv.kernels.cpu import encode_pages, threads
-from hf_seqkv.kernels.cpu.simd16 import features
+from hf_seqkv.kernels.cpu.jit import features
 
 
 def by_definition(codec, k, v, center):

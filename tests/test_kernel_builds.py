@@ -11,31 +11,39 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import CASES, build
-from test_kernels import FP32, TOLERANCE, assert_close
+from test_encode import PROCESSORS
+from test_kernels import assert_close
 
 from hf_seqkv.kernels import cpu, reference
 from hf_seqkv.kernels.cpu import threads
+from hf_seqkv.kernels.cpu.jit import features
 
-SCALAR = (
+SOME = (
     *("plain", "page of 64", "4 bits, page of 64", "3 bits, page of 64", "mixed widths, page of 64"),
+    *("widths 6 and 7, page of 64", "G 3", "center of 64"),
     *("center without rope", "8-bit scales", "everything"),
 )
 
 
-def test_processor_without_avx512():
-    """The same kernel compiled for a plain processor, in a process of its own."""
-    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+PATHS = {"generic": "fp32 vectors"}
+if "avx512bw" in features():
+    PATHS["haswell"] = "int16 dot products (AVX2)"
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_other_processors(name):
+    """The same kernel compiled for another processor, in a process of its own."""
+    env = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": PROCESSORS[name]}
     result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["fp32", "vectors", str(len(SCALAR))]
+    assert result.stdout.strip() == f"{PATHS[name]}, {len(SOME)} cases"
 
 
-def check_scalar():
-    assert TOLERANCE["cpu"] == FP32
-    for name in SCALAR:
+def check_some():
+    for name in SOME:
         arguments = build(CASES[name])
-        assert_close(cpu.attend_codes(*arguments), reference.attend_codes(*arguments))
-    print(cpu.path(), len(SCALAR))
+        assert_close(cpu.attend_codes(*arguments), reference.attend_codes(*arguments), "cpu")
+    print(f"{cpu.path()}, {len(SOME)} cases")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc fills freed memory on request, others do not")
@@ -89,4 +97,4 @@ def test_compiled_code_is_of_these_sources(name):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    check_perturbed() if "perturbed" in sys.argv else check_scalar()
+    check_perturbed() if "perturbed" in sys.argv else check_some()

@@ -125,7 +125,7 @@ def test_memory_at_4096_tokens():
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(cpu.tolerance() < 1e-4, reason="fp32 kernel, for want of AVX-512: slower, as the README says")
+@pytest.mark.skipif(cpu.tolerance() < 1e-4, reason="fp32 kernel: slower, as the README says")
 def test_step_at_4096_tokens_is_no_slower_than_dynamic_cache(real):
     """Medians of steps taken in turn."""
     model, tokenizer = real

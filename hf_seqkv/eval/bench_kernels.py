@@ -1,7 +1,8 @@
 """One decode step of one layer's attention: the kernel over codes against torch over a dense cache.
 
-The baseline that counts is the fastest way we know in plain torch: two grouped matrix products in bf16 over a
-preallocated cache, `[HK, G, D] x [HK, D, T]` and back. SDPA and `DynamicCache` are timed because people use them.
+The baseline that counts is the fastest way we know in plain torch: two grouped matrix products over a preallocated
+cache, `[HK, G, D] x [HK, D, T]` and back, in bf16, or in fp32 on processors that cannot multiply bf16. SDPA and
+`DynamicCache` are timed because people use them.
 
 In a model every layer has a cache of its own, so a call never finds its tokens in the processor's caches. Here, too,
 every call takes the next of several equal copies, and the ways are timed in turn: what one reads drives out the others.
@@ -135,12 +136,16 @@ def dense_routes(shape: Shape, query: torch.Tensor, keys: torch.Tensor, values: 
     heads, dim, scaling = shape.heads, shape.dim, shape.dim**-0.5
     dense = {torch.bfloat16: [(keys.clone(), values.clone()) for _ in range(copies)]}
     dense[torch.float32] = [(k.float(), v.float()) for k, v in dense[torch.bfloat16]]
-    grouped = (query.bfloat16() * scaling).reshape(heads, -1, dim)
 
-    def bmm(i):
-        k, v = (x[0] for x in dense[torch.bfloat16][i])
-        probs = torch.softmax(torch.bmm(grouped, k.transpose(1, 2)).float(), -1).bfloat16()
-        return torch.bmm(probs, v).reshape(-1, dim)
+    def bmm(dtype):
+        grouped = (query.to(dtype) * scaling).reshape(heads, -1, dim)
+
+        def call(i):
+            k, v = (x[0] for x in dense[dtype][i])
+            probs = torch.softmax(torch.bmm(grouped, k.transpose(1, 2)).float(), -1).to(dtype)
+            return torch.bmm(probs, v).reshape(-1, dim)
+
+        return call
 
     def sdpa(dtype):
         of = query.to(dtype)
@@ -158,7 +163,8 @@ def dense_routes(shape: Shape, query: torch.Tensor, keys: torch.Tensor, values: 
 
     size = 2 * keys.nbytes
     return {
-        BASELINE: Route(bmm, size),
+        BASELINE: Route(bmm(torch.bfloat16), size),
+        "bmm fp32": Route(bmm(torch.float32), 2 * size),
         "sdpa bf16": Route(sdpa(torch.bfloat16), size),
         "sdpa fp32": Route(sdpa(torch.float32), 2 * size),
         "DynamicCache": Route(dynamic, size * query.element_size() // 2),

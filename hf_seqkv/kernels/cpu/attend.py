@@ -41,9 +41,12 @@ def tolerance() -> float:
     return 2e-5 if paged.path.OPERAND is np.float32 else 1e-3
 
 
-def _matrix(matrix: torch.Tensor) -> np.ndarray:
-    """Matrices `[H, D, E]` with rows padded to 32 columns."""
-    return torch.nn.functional.pad(matrix, (0, -matrix.shape[2] % 32)).contiguous().numpy()
+def _matrix(matrix: torch.Tensor) -> tuple[np.ndarray, int]:
+    """Matrices `[H, D, E]` with rows padded to 32 columns, and bytes from head to head: 0 where all share the first."""
+    if torch.equal(matrix, matrix[:1].expand_as(matrix)):
+        matrix = matrix[:1]  # stays in a cache nearer by
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[2] % 32)).contiguous().numpy()
+    return padded, 0 if len(matrix) == 1 else padded[0].nbytes
 
 
 class _Template:
@@ -58,10 +61,12 @@ class _Template:
             arrays = dict(zip(("levels", "units"), paged.path.make_levels(levels, widths), strict=True))
             # Queries are multiplied by the transposed decode matrix, outputs by the matrix itself.
             matrix = side.decode_matrix.transpose(1, 2) if name == "key" else side.decode_matrix
-            arrays |= {"matrix": _matrix(matrix), "widths": widths, "offsets": side.offsets.contiguous().numpy()}
+            arrays["matrix"], head = _matrix(matrix)
+            arrays |= {"widths": widths, "offsets": side.offsets.contiguous().numpy()}
             arrays["mean"] = side.mean.contiguous().numpy()
             for field, array in arrays.items():
                 setattr(call, f"{name}_{field}", array.ctypes.data)
+            setattr(call, f"{name}_matrix_head", head)
             setattr(call, f"{name}_dim", side.dim)
             setattr(call, f"{name}_codes", codec.sections[f"{name}_codes"][0])
             setattr(call, f"{name}_scales", codec.sections[f"{name}_scales"][0])

@@ -10,7 +10,19 @@ from .simd import add_product
 
 SPLIT = 16  # pages a part of a call takes: fixed, so that results do not depend on the thread count
 
-_SIDE = ("matrix", "offsets", "widths", "levels", "units", "mean", "dim", "codes", "scales", "scale_bytes")
+_SIDE = (
+    "matrix",
+    "matrix_head",
+    "offsets",
+    "widths",
+    "levels",
+    "units",
+    "mean",
+    "dim",
+    "codes",
+    "scales",
+    "scale_bytes",
+)
 # Everything a call works on: addresses of arrays, strides in elements, counts, then the floats.
 CALL = np.dtype(
     [
@@ -59,11 +71,11 @@ def padded(count, multiple):
 
 
 @njit(**OPTIONS)
-def rotated_rows(rows, address, h, dim):
-    """`rows [R, dim]` times a head's matrix `[dim, columns]`."""
+def rotated_rows(rows, address, dim):
+    """`rows [R, dim]` times the matrix `[dim, columns]` at an address."""
     columns = padded(dim, 32)
     out = np.zeros((rows.shape[0], columns), np.float32)
-    add_product(rows, address + 4 * h * dim * columns, columns, out, rows.shape[0], dim, columns)
+    add_product(rows, address, columns, out, rows.shape[0], dim, columns)
     return out
 
 

@@ -134,7 +134,7 @@ def merge(a, b, h):
             coded_total[r] += weight * totals[part, r]
             for d in range(dim):
                 coded[r, d] += weight * mixed[part, r, d]
-    rotated = rotated_rows(coded, a.value_matrix, h, dim)
+    rotated = rotated_rows(coded, a.value_matrix + h * a.value_matrix_head, dim)
     for r in range(rows):
         row = out[b, r % a.steps, h * groups + r // a.steps]
         row[:] = 0

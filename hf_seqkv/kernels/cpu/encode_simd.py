@@ -15,8 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...codec.scales import BIAS, HELD
+from .jit import features
 from .simd import FAST, LANES, VECTOR, call, load, place, shuffle, splat, store
-from .simd16 import features
 
 TABLE = 256  # numbers of a tree; the codebook's levels follow
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))

@@ -1,4 +1,4 @@
-"""Tiles of levels and their products in fp32 (`simd.py`): the CPU kernel on processors without AVX-512.
+"""Tiles of levels and their products in fp32 (`simd.py`): the CPU kernel on processors that are not x86 with AVX2.
 
 A page is expanded to a tile `[D, 64]` that stays in the first-level cache. Functions are those of `int16.py`; units
 are 1.
@@ -77,9 +77,9 @@ def _expand(page, offsets, widths, levels, size, first, tile):
 @njit(**OPTIONS)
 def score(operand, factors, scale, tile, dim, out, out_stride):
     """`out[r, :64] += factors[r] * scale[:64] * (operand[r] . tile)`; `tile` is the address of one of `make_tile`."""
-    rows, stride = operand.shape
+    rows = len(operand)
     products = np.zeros((rows, 64), np.float32)
-    simd.scores_64(operand.ctypes.data, tile, products.ctypes.data, rows, dim, stride, 64, 64)
+    simd.add_product(operand, tile, 64, products, rows, dim, 64)
     weights = carray(pointer(scale), 64, np.float32)
     for r in range(rows):
         row = carray(pointer(out + 4 * r * out_stride), 64, np.float32)

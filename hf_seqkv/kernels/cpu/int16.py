@@ -12,11 +12,12 @@ from numba import carray, njit
 
 from . import rows as row_work
 from . import simd16
-from .jit import OPTIONS, planar_code, pointer
+from .jit import OPTIONS, features, planar_code, pointer
 
-NAME = "int16 dot products (AVX-512" + (", VNNI)" if "avx512vnni" in simd16.features() else ")")
+NAME = f"int16 dot products ({simd16.isa.NAME}{', VNNI' if simd16.isa.VNNI in features() else ''})"
 OPERAND = np.int16
 LEVEL_MAX = 8191
+_BLOCK = simd16.isa.BLOCK
 _SUM_MAX = np.float32(2.0**31 / LEVEL_MAX * 0.99)
 _SCORES_0, _SCORES_1, _SCORES_2, _SCORES_3, _SCORES_4, _SCORES_5, _SCORES_6 = simd16.scores
 _BLOCK_1, _BLOCK_2, _BLOCK_3, _BLOCK_4, _BLOCK_5, _BLOCK_6 = simd16.mix_block[1:]
@@ -147,9 +148,9 @@ def mix_codes(weights, factors, first, page_bytes, pages, offsets, widths, level
     dim, d, f, w, wide = widths.shape[0], 0, factors.ctypes.data, weights.ctypes.data, weights.shape[1] // pages
     while d < dim:
         width, end = widths[d], d + 1
-        while end < dim and end < d + 4 and widths[end] == width:
+        while end < dim and end < d + _BLOCK and widths[end] == width:
             end += 1
-        codes, table, to, block = first + offsets[d], levels[width].ctypes.data, out + 4 * d, end == d + 4
+        codes, table, to, block = first + offsets[d], levels[width].ctypes.data, out + 4 * d, end == d + _BLOCK
         if size != 64 or width > 6 or width == 0:
             tile, end = np.zeros((pages, wide), np.int16), d + 1
             for n in range(pages):

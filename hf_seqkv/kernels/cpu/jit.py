@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
+from numba import config, njit, types
+from numba.core import cgutils, codegen
 from numba.extending import intrinsic
 
 # No "nnan" or "ninf": masked scores are minus infinity.
 OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", "nogil": True}
+
+
+def features() -> set[str]:
+    """Processor features that numba compiles for, such as `avx512bw`."""
+    names = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return {name[1:] for name in names.split(",") if name.startswith("+")}
 
 
 @intrinsic

@@ -12,7 +12,7 @@ from ...codec.scales import BIAS, HELD
 from . import simd16
 from .call import SPLIT, limit, padded, rotated_rows, unlimited
 from .jit import OPTIONS, pointer
-from .rows import exponentials, maximum, scale_row, widen
+from .rows import exponentials, maximum, scale_row, widen, widen_narrow
 from .simd import ROWS
 
 if simd16.available():
@@ -34,22 +34,19 @@ def _aligned(size):
 
 
 @njit(**OPTIONS)
-def _read_narrow(address, size, scale):
-    raw, bits, held = carray(pointer(address), size, np.uint8), scale.view(np.int32), False
-    for j in range(size):
-        held |= raw[j] == HELD
-        bits[j] = 0 if raw[j] == 0 or raw[j] == HELD else (np.int32(raw[j]) + np.int32(BIAS)) << np.int32(20)
-    return held
-
-
-@njit(**OPTIONS)
 def _read_scales(address, size, width, scale):
     """Scales of `width` bytes as fp32, infinite ones as 0; returns whether there was one."""
+    whole, bits = size // 16 * 16, scale.view(np.int32)
     if width == 1:
-        return _read_narrow(address, size, scale)
-    whole = size // 16 * 16
+        held = widen_narrow(address, whole, scale.ctypes.data)
+        narrow = carray(pointer(address), size, np.uint8)
+        for j in range(whole, size):
+            held |= narrow[j] == HELD
+            seen = narrow[j] != 0 and narrow[j] != HELD
+            bits[j] = (np.int32(narrow[j]) + np.int32(BIAS)) << np.int32(20) if seen else 0
+        return held
     infinite = widen(address, whole, scale.ctypes.data)
-    raw, bits = carray(pointer(address), size, np.uint16), scale.view(np.int32)
+    raw = carray(pointer(address), size, np.uint16)
     for j in range(whole, size):
         infinite |= raw[j] == 0x7F80
         bits[j] = 0 if raw[j] == 0x7F80 else np.int32(np.uint32(raw[j]) << np.uint32(16))
@@ -150,7 +147,7 @@ def prepare(a, query, b, h, row0):
     mean = carray(pointer(a.key_mean + 4 * h * dim), dim, np.float32)
     for r in range(rows):
         constant[r] += _dot(query[r, :dim], mean)
-    rotated = rotated_rows(query, a.key_matrix, h, dim)
+    rotated = rotated_rows(query, a.key_matrix + h * a.key_matrix_head, dim)
     unit = carray(pointer(a.key_units), a.heads, np.float32)[h]
     for r in range(rows):
         row, count = rotated[r].ctypes.data, rotated.shape[1]

@@ -11,7 +11,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import FAST, LANES, VECTOR, call, load, place, row_cases, splat, store
+from ...codec.scales import BIAS, HELD
+from .simd import FAST, LANES, VECTOR, call, element, load, place, row_cases, splat, store
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _INTEGERS = ir.VectorType(_I32, LANES)
@@ -135,25 +136,46 @@ def scale_row(typingctx, row, count, scale):
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic
-def widen(typingctx, row, count, out):
-    """bf16 numbers as fp32, infinite ones as 0; returns whether there was one."""
+def _make_widen(type_, expand):
+    """Numbers of an integer type as fp32: `expand(b, numbers as i32)` gives their bits, and which are infinite."""
 
-    def generate(context, b, signature, args):
-        row, count, out = args
-        words, none = ir.VectorType(_I16, LANES), ir.Constant(_INTEGERS, [0] * LANES)
-        found = cgutils.alloca_once_value(b, none)
-        b.store(none, found)
-        with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
-            raw = load(b, b.inttoptr(b.add(row, b.shl(i, _I64(1))), words.as_pointer()), 2)
-            bits = b.shl(b.zext(raw, _INTEGERS), ir.Constant(_INTEGERS, [16] * LANES))
-            infinite = b.icmp_unsigned("==", bits, ir.Constant(_INTEGERS, [0x7F800000] * LANES))
-            b.store(b.or_(b.load(found), b.sext(infinite, _INTEGERS)), found)
-            store(b, b.bitcast(b.select(infinite, none, bits), VECTOR), place(b, out, i))
-        total = call(b, "llvm.vector.reduce.or.v16i32", _I32, b.load(found))
-        return b.icmp_signed("!=", total, _I32(0))
+    @intrinsic
+    def widen(typingctx, row, count, out):
+        def generate(context, b, signature, args):
+            row, count, out = args
+            run, none = ir.VectorType(type_, LANES), ir.Constant(_INTEGERS, [0] * LANES)
+            found = cgutils.alloca_once_value(b, none)
+            b.store(none, found)
+            with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
+                raw = load(b, element(b, row, i, type_.width // 8, run), 1)
+                bits, infinite = expand(b, b.zext(raw, _INTEGERS))
+                b.store(b.or_(b.load(found), b.sext(infinite, _INTEGERS)), found)
+                store(b, b.bitcast(b.select(infinite, none, bits), VECTOR), place(b, out, i))
+            total = call(b, "llvm.vector.reduce.or.v16i32", _I32, b.load(found))
+            return b.icmp_signed("!=", total, _I32(0))
 
-    return types.boolean(types.int64, types.int64, types.int64), generate
+        return types.boolean(types.int64, types.int64, types.int64), generate
+
+    return widen
+
+
+def _whole(value):
+    return ir.Constant(_INTEGERS, [value] * LANES)
+
+
+def _expand_bf16(b, raw):
+    bits = b.shl(raw, _whole(16))
+    return bits, b.icmp_unsigned("==", bits, _whole(0x7F800000))
+
+
+def _expand_narrow(b, raw):
+    bits = b.shl(b.add(raw, _whole(BIAS)), _whole(20))
+    zero = b.icmp_unsigned("==", raw, _whole(0))
+    return b.select(zero, _whole(0), bits), b.icmp_unsigned("==", raw, _whole(HELD))
+
+
+# bf16 numbers, or scales of a byte (`codec.scales`), as fp32, infinite ones as 0; return whether there was one.
+widen, widen_narrow = _make_widen(_I16, _expand_bf16), _make_widen(ir.IntType(8), _expand_narrow)
 
 
 @intrinsic

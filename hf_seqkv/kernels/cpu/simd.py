@@ -13,12 +13,13 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .jit import OPTIONS
+from .jit import OPTIONS, features
 
 LANES = 16
-ROWS = 4  # query rows a block: 4 rows x 4 vectors of accumulators fit 32 registers
+ROWS = 4  # query rows a block
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR = ir.VectorType(_F32, LANES)
+WORDS, SUMS = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(_I32, LANES)
 FAST = ("reassoc", "contract", "nsz", "arcp")
 
 
@@ -26,6 +27,11 @@ def place(builder, base, index, type_=VECTOR):
     """Pointer to element `index` (i64, counted in 4-byte numbers) after the address `base`."""
     address = builder.add(base, builder.shl(index, _I64(2)))
     return builder.inttoptr(address, type_.as_pointer())
+
+
+def element(builder, base, index, size, type_):
+    """Pointer to element `index` (i64), of `size` bytes, after the address `base`."""
+    return builder.inttoptr(builder.add(base, builder.mul(index, _I64(size))), type_.as_pointer())
 
 
 def load(builder, pointer, align=4):
@@ -103,9 +109,11 @@ def _make_scores(vectors: int):
     return scores_block
 
 
-# `scores[r, :] += sum_d query[r, d] * tile[d, :]` for up to ROWS rows and 16 or 64 columns, sums in registers.
+# Columns of a block whose sums stay in registers: 4 rows of 64 fit 32 registers of 16, of 16 they fit 16 of 8.
+COLUMNS = 64 if "avx512f" in features() else 16
+# `scores[r, :] += sum_d query[r, d] * tile[d, :]` for up to ROWS rows and 16 or COLUMNS columns.
 # Arguments: query, tile, scores (addresses), rows, D, then the row strides of query, tile and scores.
-scores_16, scores_64 = _make_scores(1), _make_scores(4)
+scores_16, scores_wide = _make_scores(1), _make_scores(COLUMNS // LANES)
 
 
 @intrinsic
@@ -150,9 +158,9 @@ def add_product(left, right, stride, out, rows, dim, columns):
         c = 0
         while c < columns:
             a, b, o = left.ctypes.data + 4 * r * ls, right + 4 * c, out.ctypes.data + 4 * (r * os + c)
-            if columns - c >= 64:
-                scores_64(a, b, o, height, dim, ls, stride, os)
-                c += 64
+            if columns - c >= COLUMNS:
+                scores_wide(a, b, o, height, dim, ls, stride, os)
+                c += COLUMNS
             else:
                 scores_16(a, b, o, height, dim, ls, stride, os)
                 c += 16
