@@ -252,6 +252,14 @@ def test_an_estimated_count_is_marked(capsys):
     assert "7.42 at 6 bits (an estimate, not compiled)" in capsys.readouterr().err
 
 
+def test_mixed_widths_take_the_mean_of_theirs(capsys):
+    assert main(["bench", "roofline", "--key-bits", "3.5", "--value-bits", "2.25"]) == 0
+    given, count = Assumptions(), Assumptions().instructions
+    assert given.count(3.5) == pytest.approx((count[3] + count[4]) / 2)
+    assert given.count(2.25) == pytest.approx(0.75 * count[2] + 0.25 * count[3])
+    assert "3.5/2.25" in capsys.readouterr().err
+
+
 def test_defaults_are_the_caches_own(capsys):
     """One rate, keys 5 and values 4 bits."""
     assert main(["bench", "roofline"]) == 0

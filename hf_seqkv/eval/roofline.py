@@ -10,6 +10,7 @@ kernels give that come equally close to their bounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -124,11 +125,14 @@ class Assumptions:
     instructions: Mapping[float, float] = field(default_factory=lambda: INSTRUCTIONS | ESTIMATES)
 
     def count(self, bits: float) -> float:
-        """Instructions a code of `bits`.
+        """Instructions a code of `bits`; a mean of two widths, as calibrations mix them, takes the mean of theirs.
 
         Raises:
             ConfigError: Nobody counted them for this width.
         """
+        low = math.floor(bits)
+        if bits not in self.instructions and {low, low + 1} <= set(self.instructions):
+            return self.instructions[low] + (bits - low) * (self.instructions[low + 1] - self.instructions[low])
         if bits not in self.instructions:
             known = ", ".join(f"{width:g}" for width in sorted(self.instructions))
             raise ConfigError(f"no instruction count for {bits:g} bits, only for {known}; give --instructions")
