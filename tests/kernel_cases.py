@@ -6,6 +6,7 @@ import torch
 
 from hf_seqkv.codec.center import Center
 from hf_seqkv.codec.page import QuantizedPageCodec
+from hf_seqkv.codec.quantize import lloyd_max
 from hf_seqkv.codec.rotation import random_rotation
 from hf_seqkv.codec.vector import VectorCodec
 from hf_seqkv.kernels.interface import DenseRun, LayerView, Scoring, SideTable
@@ -15,8 +16,9 @@ from hf_seqkv.kernels.interface import DenseRun, LayerView, Scoring, SideTable
 class Case:
     """One attention call. Row `b` is `[pads[b] empty slots | sinks | counts[b] pages | the rest dense]`.
 
-    `widths` are the bits of all components (one number) or of each in turn; `half` is the number of RoPE pairs of the
-    constant part of the keys, None where keys have none.
+    `widths` are the bits of all components (one number) or of runs of them: the same in all heads and with fitted
+    levels where they are `alike`, else from another component on in each and with levels at random; `half` is the
+    number of RoPE pairs of the constant part of the keys, None where keys have none.
     """
 
     heads: int = 2
@@ -26,6 +28,7 @@ class Case:
     value_dim: int = 64
     page_size: int = 16
     widths: int | tuple[int, ...] = 4
+    alike: bool = False
     scale_bits: int = 16
     counts: tuple[int, ...] = (5, 3)
     pads: tuple[int, ...] = (0, 21)
@@ -64,10 +67,14 @@ def vector_codec(case, dim, seed):
         )
     # As a calibration makes them: runs of one width, and every head its basis, gains, mean and levels.
     runs = [case.widths[i * len(case.widths) // dim] for i in range(dim)]
-    widths = torch.tensor([runs[h:] + runs[:h] for h in range(case.heads)], dtype=torch.uint8)
+    starts = [0 if case.alike else h for h in range(case.heads)]
+    widths = torch.tensor([runs[at:] + runs[:at] for at in starts], dtype=torch.uint8)
     levels = torch.zeros(case.heads, 9, 256)
     for width in range(9):
-        levels[:, width, : 2**width] = torch.randn(case.heads, 2**width).sort(-1).values
+        if not case.alike:
+            levels[:, width, : 2**width] = torch.randn(case.heads, 2**width).sort(-1).values
+        elif width in runs:
+            levels[:, width, : 2**width] = torch.linspace(1, 1.2, case.heads)[:, None] * lloyd_max(width, dim)
     basis = torch.stack([random_rotation(dim, "orthogonal", seed + h) for h in range(case.heads)])
     gains = torch.rand(case.heads, dim, 1) + 0.5
     encode_matrix = (basis / gains).transpose(1, 2).contiguous()

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from hf_seqkv import SeqKVCache, calibrate
 from hf_seqkv.calibration.artifact import CONFIG_NAME, TENSORS_NAME
-from hf_seqkv.calibration.fit import allocate_widths
+from hf_seqkv.calibration.fit import run_lengths
 from hf_seqkv.calibration.overlap import TENSOR as SHINGLES
 from hf_seqkv.calibration.overlap import overlap, shingles
 from hf_seqkv.errors import CalibrationMismatchError, ConfigError, SeqKVWarning, UnsupportedModelError
@@ -82,7 +82,7 @@ def test_rotations_are_orthogonal_and_rates_exact(llama):
 
 
 @pytest.mark.parametrize(("bits", "allowed"), [(3, (2, 3, 4)), (2.25, (2, 3)), (3.75, (3, 4))])
-def test_allocate_widths_is_optimal(bits, allowed):
+def test_run_lengths_are_optimal(bits, allowed):
     """Against trying every allocation of the widths next to `bits`."""
     import itertools
 
@@ -94,9 +94,18 @@ def test_allocate_widths_is_optimal(bits, allowed):
         return sum(v * distortion(w, 4) for v, w in zip(variance.tolist(), widths, strict=True))
 
     best = min((w for w in itertools.product(allowed, repeat=4) if sum(w) == 4 * bits), key=error)
-    widths = allocate_widths(variance, bits).tolist()
+    widths = [width for width, count in run_lengths(variance[None], bits).items() for _ in range(count)]
     assert sum(widths) == 4 * bits
     assert error(widths) == pytest.approx(error(best))
+
+
+def test_heads_share_runs_that_kernels_expand():
+    variance = torch.stack([0.8 ** torch.arange(128), 0.99 ** torch.arange(128)])
+    for bits in (2, 2.25, 2.5, 3, 3.75, 4):
+        runs = run_lengths(variance, bits)
+        assert sum(runs.values()) == 128
+        assert sum(width * count for width, count in runs.items()) == 128 * bits
+        assert all(count % 16 == 0 for count in runs.values())
 
 
 def test_quarters_of_a_bit():

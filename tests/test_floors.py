@@ -31,7 +31,8 @@ HOMES = {
     "numba": {"kernels.cpu", *(f"codec.{name}" for name in ("deadzone", "entropy", "exact_*", "sequence*", "token_*"))},
     "llvmlite": {"kernels.cpu"},
     "triton": {
-        f"kernels.triton_{name}" for name in ("attend", "pages", "partials", "rows", "scales", "softmax", "tile")
+        f"kernels.triton_{name}"
+        for name in ("attend", "gather", "pages", "partials", "rows", "scales", "softmax", "tile")
     },
     "fsspec": {"store.remote"},
     "sqlite3": {"store.index"},

@@ -155,7 +155,7 @@ def test_fewer_bits_read_less(context, batch, gpu):
         ({"context": 8192, "batch": 32}, "wins", "wins"),
         ({"context": 131072, "batch": 8}, "fits", "only the coded cache fits: 52 GB, dense 153 GB of 80"),
         ({"context": 131072, "batch": 32}, "too large", "does not fit: 158 GB of 80"),
-        ({"context": 131072, "batch": 1, "gpu": GPUS["b200"]}, "wins", "issue-bound at 81% of the bandwidth"),
+        ({"context": 131072, "batch": 1, "gpu": GPUS["b200"]}, "wins", "issue-bound at 82% of the bandwidth"),
         ({"context": 8192, "batch": 1, "given": Assumptions(launches=0)}, "none", "weights are 93% of the dense step"),
         (
             {"context": 8192, "batch": 8, "given": Assumptions(launch_seconds=1e-4)},
@@ -250,6 +250,14 @@ def test_command(tmp_path, capsys):
 def test_an_estimated_count_is_marked(capsys):
     assert main(["bench", "roofline", "--bits", "6"]) == 0
     assert "7.42 at 6 bits (an estimate, not compiled)" in capsys.readouterr().err
+
+
+def test_mixed_widths_take_the_mean_of_theirs(capsys):
+    assert main(["bench", "roofline", "--key-bits", "3.5", "--value-bits", "2.25"]) == 0
+    given, count = Assumptions(), Assumptions().instructions
+    assert given.count(3.5) == pytest.approx((count[3] + count[4]) / 2)
+    assert given.count(2.25) == pytest.approx(0.75 * count[2] + 0.25 * count[3])
+    assert "3.5/2.25" in capsys.readouterr().err
 
 
 def test_defaults_are_the_caches_own(capsys):

@@ -25,14 +25,16 @@ BUDGETS = Path(__file__).with_name("triton_budgets.json")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Instructions a code that a hot loop may take at all, whatever is recorded.
 REQUIRED = {("4x4 d128", "sm_80"): 3.3, ("4x4 d128", "sm_90"): 3.3, ("2x2 d128", "sm_80"): 3.0,
-            ("2x2 d128", "sm_90"): 3.0, ("4x4 d64", "sm_80"): 5.0, ("4x4 d64", "sm_90"): 5.0}  # fmt: skip
+            ("2x2 d128", "sm_90"): 3.0, ("4x4 d64", "sm_80"): 5.0, ("4x4 d64", "sm_90"): 5.0,
+            ("3.5x2.5 d128", "sm_80"): 3.3, ("3.5x2.5 d128", "sm_90"): 3.3, ("3.5x2.5 d64", "sm_80"): 5.0,
+            ("3.5x2.5 d64", "sm_90"): 5.0}  # fmt: skip
 
 _TYPES = {
     "fp16": "rotated relative key_levels value_levels",
     "bf16": "query sink_k sink_v recent_k recent_v side_k side_v out k v",
     "i32": "pages ints key_tables key_widths key_offsets value_tables value_widths value_offsets widths offsets",
     "i64": "side_slots",
-    "fp32": "factors constants coefficients starts mixed tops totals key_affine value_affine matrix norm key_mean "
+    "fp32": "factors constants coefficients starts mixed tops totals key_middle value_middle matrix norm key_mean "
     "center_mean mask value_mean sink_logits key_center key_matrix key_weight key_edges value_matrix value_weight "
     "value_edges levels",
 }
@@ -47,16 +49,20 @@ _ALIGNED = {"batch_words", "page_words", "key_codes", "key_scales", "value_codes
 
 def variants() -> dict[str, tuple[str, dict]]:
     """Name -> (kernel, constants that differ from the usual ones)."""
-    found = {f"{k}x{v} d{d}": ("partials", {"KB": k, "VB": v, "D": d})
+    found = {f"{k}x{v} d{d}": ("partials", {"KEYS": [(k, d)], "VALUES": [(v, d)], "D": d})
              for k, v, d in [(4, 4, 128), (2, 2, 128), (3, 3, 128), (5, 4, 128), (5, 5, 128), (4, 4, 64), (5, 4, 64),
                              (4, 4, 80), (4, 4, 256), (5, 4, 256)]}  # fmt: skip
-    found["4x4 d128, constant part"] = ("partials", {"KB": 4, "VB": 4, "CENTER": True})
-    found["5x4 d128, constant part"] = ("partials", {"KB": 5, "VB": 4, "CENTER": True})
-    found["5x4 d64, constant part"] = ("partials", {"KB": 5, "VB": 4, "D": 64, "CENTER": True})
-    found["4x4 d64, 8-bit scales"] = ("partials", {"KB": 4, "VB": 4, "D": 64, "NARROW": True})
-    found["4x4 d128, mask"] = ("partials", {"KB": 4, "VB": 4, "MASK": 2})
+    found["4x4 d128, constant part"] = ("partials", {"KEYS": [(4, 128)], "VALUES": [(4, 128)], "CENTER": True})
+    found["5x4 d128, constant part"] = ("partials", {"KEYS": [(5, 128)], "VALUES": [(4, 128)], "CENTER": True})
+    found["5x4 d64, constant part"] = ("partials", {"KEYS": [(5, 64)], "VALUES": [(4, 64)], "D": 64, "CENTER": True})
+    found["4x4 d64, 8-bit scales"] = ("partials", {"KEYS": [(4, 64)], "VALUES": [(4, 64)], "D": 64, "NARROW": True})
+    found["4x4 d128, mask"] = ("partials", {"KEYS": [(4, 128)], "VALUES": [(4, 128)], "MASK": 2})
     found["gathered 4x4 d128"] = ("partials", {"KU": 4, "VU": 4})
     found["gathered 8x8 d128"] = ("partials", {"KU": 8, "VU": 8})
+    for d in (64, 128, 256):
+        runs = {"KEYS": [(4, d // 2), (3, d // 2)], "VALUES": [(3, d // 2), (2, d // 2)], "D": d}
+        found[f"3.5x2.5 d{d}"] = ("partials", runs)
+        found[f"3.5x2.5 d{d}, constant part"] = ("partials", {**runs, "CENTER": True})
     found["mixed widths d128"] = ("partials", {})
     found["mixed widths d128, constant part"] = ("partials", {"CENTER": True})
     for name in ("prepare", "combine", "encode_kernel", "unpack_kernel"):
@@ -69,33 +75,44 @@ NVIDIA = TARGETS[:-1]
 # What the tests compile: the variants with a required speed everywhere, one of each other kind.
 GATE = {
     "4x4 d128": TARGETS,
-    "2x2 d128": ("sm_80", "sm_90"),
-    "4x4 d64": ("sm_80", "sm_90"),
+    "3.5x2.5 d128": ("sm_80", "sm_90"),
+    "2x2 d128": ("sm_90",),
+    "4x4 d64": ("sm_90",),
+    "3.5x2.5 d64": ("sm_90",),
     "4x4 d64, 8-bit scales": ("sm_90",),
-    "3x3 d128": ("sm_90",),
-    "5x4 d128": ("sm_100", "sm_120"),
-    "5x4 d128, constant part": ("sm_80", "sm_90"),
-    "mixed widths d128": ("sm_80",),
+    "5x4 d128, constant part": ("sm_80", "sm_120"),
+    "3.5x2.5 d128, constant part": ("sm_100",),
+    "4x4 d128, mask": ("sm_80",),
     "prepare": ("sm_90", "gfx942"),
     "combine": ("sm_90", "gfx942"),
     "encode_kernel": ("sm_90", "gfx942"),
+    "encode_kernel, mixed widths": ("sm_90",),
     "unpack_kernel": ("sm_90",),
 }
 
 
 def _constants(kernel, target: str, given: dict) -> dict:
+    import torch
+
+    from hf_seqkv.kernels.triton_tables import pieces, unlike
+
     dim = given.get("D", 128)
     padded = 1 << (dim - 1).bit_length()
     amd = target.startswith("gfx")
     usual = {
-        "H": 8, "ROWS": 4, "RB": 16 if amd else 8, "D": dim, "DP": padded, "DV": dim, "DVP": padded, "KB": 0, "KU": 0,
-        "VB": 0, "VU": 0, "HALF": dim // 2, "HP": padded // 2, "SOFTCAP": False, "MASK": 0, "INTERLEAVED": False,
-        "SIDE": True, "SINKS": True, "KEY_FIT": True, "VALUE_FIT": True, "NARROW": False,
+        "H": 8, "ROWS": 4, "RB": 16 if amd else 8, "D": dim, "DP": padded, "DV": dim, "DVP": padded, "KEYS": [],
+        "KU": 0, "VALUES": [], "VU": 0, "HALF": dim // 2, "HP": padded // 2, "SOFTCAP": False, "MASK": 0,
+        "INTERLEAVED": False, "SIDE": True, "SINKS": True, "KEY_FIT": True, "VALUE_FIT": True, "NARROW": False,
         "CENTER": kernel.fn.__name__ != "partials",
     }  # fmt: skip
     usual.update(given)
-    if amd and usual["KB"]:  # tables are for NVIDIA
-        usual.update(KU=usual["KB"], VU=usual["VB"], KB=0, VB=0)
+    for side, uniform in (("KEYS", "KU"), ("VALUES", "VU")):
+        runs = usual[side]
+        widths = torch.tensor([[bits for bits, size in runs for _ in range(size)]])
+        usual[side] = pieces(widths) if runs and not amd else unlike(dim)  # tables are for NVIDIA
+        if len(runs) == 1:
+            usual[uniform] = runs[0][0]
+    usual |= {"KEY_MOST": usual["KU"] or 4, "VALUE_MOST": usual["VU"] or 3}
     usual["UNIFORM"] = usual["KU"]
     return {name: value for name, value in usual.items() if name in kernel.arg_names}
 
@@ -123,7 +140,7 @@ def compile_kernel(kernel, target: str, given: dict):
     where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     options = {"num_warps": 8 if "encode" in kernel.fn.__name__ else 4}
     if kernel is partials:
-        options = partials_options(constants["KB"] > 0, constants["KU"] > 0)
+        options = partials_options(constants["KEYS"][0][0] > 0, constants["KU"] > 0)
     elif kernel.fn.__name__ in WARPS:
         options = {"num_warps": WARPS[kernel.fn.__name__]}
     said = io.StringIO()
@@ -217,15 +234,18 @@ def main(arguments: list[str]) -> None:
     found = {}
     if "--json" not in arguments:
         print(
-            f"{'variant':<36}{'target':<9}{'ins/code':>9}{'regs':>6}{'spills':>8}{'shared':>8}{'mma':>6}  copies, bytes"
+            f"{'variant':<36}{'target':<9}{'ins/code':>9}{'regs':>6}{'spills':>8}{'shared':>8}{'mma':>6}"
+            f"{'CPU s':>7}  copies, bytes"
         )
     for name, targets in todo.items():
         for target in targets:
+            started = sum(os.times()[:4])
             facts = found.setdefault(name, {})[target] = measure(name, target)
+            seconds = sum(os.times()[:4]) - started
             if "--json" not in arguments:
                 cells = (facts.get("per_code", ""), facts["registers"], facts["spills"], facts["shared"])
                 print(f"{name:<36}{target:<9}{cells[0]:>9}{cells[1]:>6}{cells[2]:>8}{cells[3]:>8}"
-                      f"{facts.get('mma', ''):>6}  {facts.get('copies', '')}", flush=True)  # fmt: skip
+                      f"{facts.get('mma', ''):>6}{seconds:>7.1f}  {facts.get('copies', '')}", flush=True)  # fmt: skip
     if "--json" in arguments:
         print(json.dumps(found))
     if "--update" in arguments:

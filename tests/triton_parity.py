@@ -12,6 +12,7 @@ from hf_seqkv.codec.page import QuantizedPageCodec
 from hf_seqkv.codec.quantize import distortion, lloyd_max
 from hf_seqkv.codec.vector import VectorCodec
 from hf_seqkv.kernels import reference, triton_attend, triton_pages
+from hf_seqkv.kernels.triton_tables import byte_table, pieces
 
 GATHERED = 2e-3  # of the largest output: fp16 operands
 # Tables move levels by 0.7 % of a coordinate's deviation at 4 bits, a fourteenth of the codec's own 10 %.
@@ -74,9 +75,12 @@ TABLE_CASES = {
     "dim 128": case(dim=128, value_dim=128, half=64, steps=2, counts=(1,), pads=(0,)),
     "dim 256": case(dim=256, value_dim=256, counts=(1,), pads=(0,)),
     "3 bits, dim 96": case(widths=3, dim=96, value_dim=96, counts=(1,), pads=(0,)),
+    "3.5 and 2.5 bits": case(widths=(4, 3), alike=True, side=5, half=32),
+    "three widths": case(widths=(3, 2, 2, 1), alike=True, dim=128, value_dim=64, counts=(1,), pads=(0,)),
+    "4.25 bits, dim 80": case(widths=(5, 4, 4, 4, 4), alike=True, dim=80, value_dim=80),
     "everything": case(
-        half=20, interleaved=True, widths=5, steps=5, groups=3, mask="additive", window=70, softcap=3.0,
-        sink_logits=True, offset=5, dim=80, value_dim=96, counts=(3, 0, 1), pads=(0, 40, 11), side=4,
+        half=20, interleaved=True, widths=(5, 4), alike=True, steps=5, groups=3, mask="additive", window=70,
+        softcap=3.0, sink_logits=True, offset=5, dim=96, value_dim=64, counts=(3, 0, 1), pads=(0, 40, 11), side=4,
     ),
 }  # fmt: skip
 
@@ -117,10 +121,10 @@ def rounded(view):
 
     def side(codec):
         levels = codec.levels.clone()
-        for table in levels[:, int(codec.widths[0, 0])]:
-            n = 1 << int(codec.widths[0, 0])
-            u, step, shift = triton_attend.byte_table(table[:n])
-            table[:n] = step * (u.double() + shift)
+        for bits in codec.widths.unique().tolist():
+            for table in levels[:, bits, : 1 << bits]:
+                u, step, shift = byte_table(table)
+                table[:] = step * (u.double() + shift)
         given = codec.encode_matrix, codec.decode_matrix, codec.mean, codec.widths, levels
         return VectorCodec(*given, codec.scale, codec.page_size, codec.scale_bits)
 
@@ -136,6 +140,7 @@ def test_gathered(chosen):
 @pytest.mark.parametrize("chosen", TABLE_CASES.values(), ids=TABLE_CASES)
 def test_tables(chosen, tables):
     query, view, mask, scoring = build(chosen)
+    assert pieces(view.codec.key.widths)
     out = attend(query, view, mask, scoring)
     assert error(out, reference.attend_codes(query, rounded(view), mask, scoring)) < GATHERED
     assert error(out, reference.attend_codes(query, view, mask, scoring)) < TABLES
@@ -196,7 +201,7 @@ def test_scales_of_any_size(expand):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_byte_tables_cost_little(bits):
     levels = lloyd_max(bits, 128)
-    u, step, shift = triton_attend.byte_table(levels)
+    u, step, shift = byte_table(levels)
     assert u.max() <= (127 if bits == 4 else 255)
     edges = torch.cat([torch.tensor([-20.0]), (levels[1:] + levels[:-1]) / 2, torch.tensor([20.0])]).double()
     mass = torch.distributions.Normal(0, 1).cdf(edges).diff()
@@ -224,7 +229,7 @@ def test_pages(chosen, half, interleaved):
     expected = codec.encode(k - constant, v)
     pages = triton_pages.encode_pages(codec, k, v, center)
     for made, wanted in zip(codec.unpack(pages), codec.unpack(expected), strict=True):
-        assert (made != wanted).float().mean() < 1e-3
+        assert (made != wanted).sum() <= max(1, 1e-3 * made.numel())
     codec.vacate(expected, torch.rand(2, 2, 64) > 0.9)
     for side in range(2):
         made = triton_pages.unpack_pages(codec, expected, side)

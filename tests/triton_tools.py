@@ -45,6 +45,12 @@ def _shift(op):
     return lambda a, n: np.where(n > 31, np.uint32(0), op(a, np.minimum(n, 31)))
 
 
+def _rotate(low, high, n):
+    """`shf.l.wrap.b32`: the high word of `high:low`, turned left by `n` modulo 32."""
+    pair = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    return (pair << (n & np.uint32(31)).astype(np.uint64)) >> np.uint64(32)
+
+
 _INSTRUCTIONS = {
     "mov": lambda a: a,
     "and": np.bitwise_and,
@@ -54,6 +60,7 @@ _INSTRUCTIONS = {
     "shr": _shift(np.right_shift),
     "mad": lambda a, b, c: a * b + c,
     "lop3": _lop3,
+    "shf": _rotate,
     "prmt": _prmt,
 }
 

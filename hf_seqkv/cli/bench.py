@@ -50,6 +50,8 @@ def _number(text: str) -> float:
 
 # -- roofline: what a GPU could do at best -----------------------------------------------------------------------
 
+MEAN_BITS = (*BITS, *(n / 4 for n in range(8, 20) if n % 4))
+
 
 def _add_roofline(pieces) -> None:
     parser = pieces.add_parser(
@@ -68,8 +70,8 @@ def _add_roofline(pieces) -> None:
     parser.add_argument("--context", default=[8192, 32768, 131072], help="tokens (8192 32768 131072)", **whole)
     parser.add_argument("--batch", default=[1, 8, 32], help="sequences (1 8 32)", **whole)
     for side in ("key", "value"):
-        help_text = f"of a {side}'s codes ({DATA_FREE[f'{side}_bits']})"
-        parser.add_argument(f"--{side}-bits", type=int, choices=BITS, metavar="N", help=help_text)
+        help_text = f"of a {side}'s codes ({DATA_FREE[f'{side}_bits']}); quarters, too, as calibrations mix them"
+        parser.add_argument(f"--{side}-bits", type=float, choices=MEAN_BITS, metavar="N", help=help_text)
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, metavar="N", help="keys' and values', a rate each")
     parser.add_argument("--weight-bits", type=_number, default=16, metavar="N", help="of a parameter (16)")
     parser.add_argument("--launch-us", type=_number, default=4.0, metavar="US", help="of one kernel launch (4)")

@@ -5,9 +5,9 @@
     combine   a query: splits merged in their order, rotated back, dense part added
 
 Agreement with the reference, of the largest output: 2e-3 where levels are gathered (fp16 operands). On NVIDIA GPUs
-uniform widths of 2 to 5 bits are expanded by byte tables, which round levels to 127 steps at 4 bits and to 255 at the
-others: that adds 0.6 % to the codec's own squared error at 4 bits, 1.2 % at 5, nothing to speak of below (outputs move
-by 1 % of the largest).
+widths of 1 to 5 bits, in runs that all heads share (`triton_tables.pieces`), are expanded by byte tables, which round
+levels to 127 steps at 4 bits and to 255 at the others: that adds 0.6 % to the codec's own squared error at 4 bits,
+1.2 % at 5, nothing to speak of below (outputs move by 1 % of the largest).
 
 Nothing here waits for the GPU. A row's pages are split by its own page count alone, and splits are merged in their
 order: a row's result does not depend on its neighbours, the GPU or chance.
@@ -24,10 +24,10 @@ from ..codec.page import PageCodec, QuantizedPageCodec
 from .interface import LayerView, Scoring
 from .triton_partials import partials, partials_options
 from .triton_rows import WARPS, combine, prepare
+from .triton_tables import SideTables, pieces
 
 TOLERANCE = 1.2e-2  # of the largest output, by byte tables
 FAR = 1 << 30  # a window, or a look ahead, without end
-TABLE_BITS = (2, 3, 4, 5)
 
 
 def supports(codec: PageCodec) -> str | None:
@@ -41,65 +41,15 @@ def supports(codec: PageCodec) -> str | None:
     return None
 
 
-def byte_table(levels: torch.Tensor) -> tuple[torch.Tensor, float, float]:
-    """Levels `[n]` as `step * (u + shift)`: bytes `u [n]`, step and shift with the least error for Gaussian values.
-
-    `u` is at most 127 at 4 bits, where its top bit must be free (`triton_tile`), and 255 at the others; at 5 bits the
-    top bit is the code's.
-    """
-    levels = levels.double()
-    n, most = len(levels), 127 if len(levels) == 16 else 255
-    gaps = torch.diff(levels, prepend=levels[:1] - 1, append=levels[-1:] + 1)
-    weight = torch.exp(-(levels**2) / 2) * (gaps[1:] + gaps[:-1])
-    # All steps that use three quarters of the bytes or more, with the levels' middle at three places.
-    step = ((levels[-1] - levels[0]) / torch.arange(most * 0.75, most + 0.01, 0.25)).clamp_min(1e-30)[:, None, None]
-    shift = (levels[0] + levels[-1]) / 2 / step - torch.tensor([most // 2, most / 2, most // 2 + 1])[:, None]
-    low = torch.arange(n) // 16 * 128 if n == 32 else torch.zeros(n)
-    u = (levels / step - shift).round().clamp(low, low + 127 if n == 32 else low + most)
-    best = (weight * (step * (u + shift) - levels) ** 2).sum(-1).argmin()
-    i, j = divmod(int(best), 3)
-    return u[i, j].to(torch.uint8), float(step[i]), float(shift[i, j])
-
-
-class _Side:
-    """Tables of one side of a codec on its device."""
-
-    def __init__(self, side, tables: bool):
-        flat = set(side.widths.flatten().tolist())
-        device, heads = side.levels.device, side.heads
-        levels = side.levels.expand(heads, -1, -1).float().cpu().clone()
-        self.uniform = flat.pop() if len(flat) == 1 else 0
-        self.bits = self.uniform if tables else 0
-        self.matrix, self.mean = side.decode_matrix.contiguous(), side.mean.contiguous()
-        self.norm = side.decode_matrix.norm(dim=-1).amax(-1).contiguous()
-        self.widths, self.offsets = (x.to(device, torch.int32).contiguous() for x in (side.widths, side.offsets))
-        words, affine = torch.zeros(heads, 16, dtype=torch.int32), torch.zeros(heads, 2)
-        if self.bits:
-            for h in range(heads):
-                u, step, shift = byte_table(levels[h, self.bits, : 1 << self.bits])
-                u = u & 127 if self.bits == 5 else u
-                packed = torch.nn.functional.pad(u, (0, 32 - len(u))).view(torch.int32)
-                words[h, :8], affine[h] = packed, torch.tensor([step, shift])
-            words[:, 8:] = torch.arange(8) // (2 if self.bits == 5 else 4)
-        self.words, self.affine = words.to(device), affine.to(device)
-        levels[:, 0] = 0
-        self.levels = levels.to(device, torch.float16)
-
-    @property
-    def arguments(self):
-        return self.words, self.affine, self.levels, self.widths, self.offsets
-
-
 _TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _RELATIVE = WeakTensorKeyDictionary()
 
 
-def _tables(codec, device: torch.device) -> tuple[_Side, _Side]:
+def _tables(codec, device: torch.device) -> tuple[SideTables, SideTables]:
     if codec not in _TABLES:
         sides = codec.key, codec.value
-        widths = {frozenset(side.widths.flatten().tolist()) for side in sides}
-        tables = all(len(w) == 1 and next(iter(w)) in TABLE_BITS for w in widths) and use_tables(device)
-        _TABLES[codec] = tuple(_Side(side, tables) for side in sides)
+        expand = all(pieces(side.widths) for side in sides) and use_tables(device)
+        _TABLES[codec] = tuple(SideTables(side, expand) for side in sides)
     return _TABLES[codec]
 
 
@@ -152,7 +102,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     rows = query_heads // heads * steps
     key, value = _tables(codec, device)
     least = 8 if use_tables(device) else 16
-    block = min(_power(rows, least), 16 if key.bits == 0 or least == 16 else 8)
+    block = min(_power(rows, least), 8 if key.pieces[0][0] else 16)
     blocks = batch * heads * -(-rows // block)
     ints = _numbers(view, device)
     parts = max((-(-n // pages_each(n)) for n in view.counts), default=0) + 1
@@ -185,7 +135,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     ahead = 0 if scoring.causal and mask is None else FAR
     limits = (steps, view.length, view.offset, scoring.window or FAR, ahead, cap, 0 if mask is None else mask.stride(3))
     shape = {
-        "H": heads, "ROWS": rows, "RB": block, "D": dim, "DP": dp, "DV": value_dim, "DVP": dvp, "HALF": half,
+        "H": heads, "ROWS": rows, "RB": block, "D": dim, "DP": dp, "DV": value_dim, "HALF": half,
         "HP": wide, "CENTER": view.center is not None, "SOFTCAP": cap > 0,
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
     }  # fmt: skip
@@ -194,18 +144,19 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         coefficients, *runs, listed, ints, bias, mixed, tops, totals, *query.stride()[:3],
         *(stride for x in runs for stride in x.stride()[:3]), *strides, batch, parts,
         view.sinks.k.shape[2], view.recent.k.shape[2], listed.shape[-1], *limits,
-        INTERLEAVED=interleaved, SIDE=side is not None, num_warps=WARPS["prepare"], **shape,
+        DVP=dvp, INTERLEAVED=interleaved, SIDE=side is not None, num_warps=WARPS["prepare"], **shape,
     )  # fmt: skip
     if parts > 1:
         sections = codec.sections
         scale_bytes = codec.key.scale_bits // 8
         at = [sections[name][0] // (4 if "codes" in name else scale_bytes) for name in sections]
-        options = partials_options(key.bits > 0, key.uniform * value.uniform > 0)
+        options = partials_options(key.pieces[0][0] > 0, key.uniform * value.uniform > 0)
         partials[blocks, parts - 1](
             rotated, factors, constants, coefficients, starts, relative, pages.view(torch.int32), ints, bias, mixed,
             tops, totals, *key.arguments, *value.arguments, pages.stride(0) // 4, pages.stride(1) // 4, *at,
             *(starts.stride()[:2] if view.center is not None else (0, 0)), *strides, batch, parts, *limits,
-            KB=key.bits, KU=key.uniform, VB=value.bits, VU=value.uniform, NARROW=scale_bytes == 1, **shape, **options,
+            KEYS=key.pieces, KU=key.uniform, VALUES=value.pieces, VU=value.uniform, NARROW=scale_bytes == 1, **shape,
+            **options,
         )  # fmt: skip
     logits = ints if scoring.sink_logits is None else scoring.sink_logits.detach().contiguous()
     combine[batch * heads, rows](

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from ..codec.center import Center
 from ..codec.page import QuantizedPageCodec
+from .triton_gather import gather_codes
 from .triton_scales import load_narrow, nearest_byte, number_of
-from .triton_tile import gather_codes
 
 
 @triton.jit
@@ -48,25 +48,48 @@ def _constant_keys(mean, start, relative, token, d, D: tl.constexpr, HALF: tl.co
 
 
 @triton.jit
-def _quantize(y, gain, weights, edges, levels, width, UNIFORM: tl.constexpr):
-    """Codes of `y [64, D]` under a gain `[64]`, the least-squares gain and the error it leaves."""
-    x = y / tl.maximum(gain, 1e-30)[:, None]
-    code = tl.zeros_like(x).to(tl.int32)
-    steps: tl.constexpr = UNIFORM if UNIFORM > 0 else 8
-    for i in tl.static_range(steps):
-        step = 1 << (steps - 1 - i)
-        code += tl.where(x > tl.load(edges + width * 256 + code + step - 1), step, 0)
-    chosen = tl.load(levels + width * 256 + code)
-    dot, power = tl.sum(y * chosen * weights, 1), tl.sum(chosen * chosen * weights, 1)
-    fitted = tl.where(power > 0, dot / tl.maximum(power, 1e-30), gain)
-    return code, fitted, tl.sum(y * y * weights, 1) - dot * fitted
+def _quarters(y, D: tl.constexpr):
+    """Columns of `y [64, D]` in four parts."""
+    low, high = tl.split(tl.permute(tl.reshape(y, (64, 2, D // 2)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(low, (64, 2, D // 4)), (0, 2, 1)))
+    c, d = tl.split(tl.permute(tl.reshape(high, (64, 2, D // 4)), (0, 2, 1)))
+    return a, b, c, d
+
+
+@triton.jit
+def _quantize(parts, gain, weight, edges, levels, widths, D: tl.constexpr, PART: tl.constexpr, MOST: tl.constexpr):
+    """Codes of `y` under a gain `[64]`, the least-squares gain and the error it leaves; no width is over `MOST`.
+
+    `y` and its codes are `_quarters`, taken in turn, and what columns need is loaded where it is used: registers would
+    not suffice for more.
+    """
+    codes = ()
+    dot = tl.zeros_like(parts[0])
+    power, energy = dot, dot
+    for part in tl.static_range(4):
+        y, e = parts[part], part * PART + tl.arange(0, PART)[None, :]
+        table = tl.load(widths + e, mask=e < D, other=0) * 256
+        x = y / tl.maximum(gain, 1e-30)[:, None]
+        code = tl.zeros_like(x).to(tl.int32)
+        for i in range(MOST):
+            step = 1 << (MOST - 1 - i)
+            code += tl.where(x > tl.load(edges + (table + code + step - 1)), step, 0)
+        chosen = tl.load(levels + (table + code))
+        weights = tl.load(weight + e, mask=e < D, other=0)
+        dot += y * chosen * weights
+        power += chosen * chosen * weights
+        energy += y * y * weights
+        codes += (code,)
+    product, square = tl.sum(dot, 1), tl.sum(power, 1)
+    fitted = tl.where(square > 0, product / tl.maximum(square, 1e-30), gain)
+    return codes, fitted, tl.sum(energy, 1) - product * fitted
 
 
 @triton.jit
 def _encode(
     x, xt, out, codes_at, scales, mean, matrix, weight, edges, levels, widths, offsets, key_mean, start, relative, h,
-    D: tl.constexpr, DP: tl.constexpr, UNIFORM: tl.constexpr, FIT: tl.constexpr, CENTER: tl.constexpr,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NARROW: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, UNIFORM: tl.constexpr, MOST: tl.constexpr, FIT: tl.constexpr,
+    CENTER: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """One page of one head: `x` points to it, tokens `xt` apart; codes and scales go to these bytes of page `out`."""
     token = tl.arange(0, 64)[:, None]
@@ -84,40 +107,49 @@ def _encode(
     size = tl.max(tl.abs(y), 1)
     exponent = tl.where(size > 0, (size.to(tl.int32, bitcast=True) >> 23) - 126, 0)
     y = _scale_by(y, -exponent[:, None])
-    weights = tl.load(weight + h * D + e, mask=e < D, other=0)
+    weight += h * D
+    widths += h * D
+    weights = tl.load(weight + e, mask=e < D, other=0)
     gain = tl.sqrt(tl.sum(y * y * weights, 1) / tl.sum(weights, 1))
-    width = tl.load(widths + h * D + e, mask=e < D, other=0)
+    parts = _quarters(y, DP)
     edges += h * 9 * 256
     levels += h * 9 * 256
-    codes, fitted, error = _quantize(y, gain, weights, edges, levels, width, UNIFORM)
-    if not FIT:
-        fitted = gain
-    elif UNIFORM == 0:
-        for i in range(4):
-            factor = tl.where(i == 0, 1.4, tl.where(i == 1, 2.0, tl.where(i == 2, 2.8, 4.0)))
-            again, gained, rest = _quantize(y, gain * factor, weights, edges, levels, width, UNIFORM)
+    if FIT and UNIFORM > 0:
+        _, fitted, _ = _quantize(parts, gain, weight, edges, levels, widths, D, DP // 4, MOST)
+        scale = _scale_by(fitted, exponent)
+    elif FIT:
+        error, best, scale = gain + float("inf"), gain, gain
+        for i in range(5):
+            factor = tl.where(i == 0, 1.0, tl.where(i == 1, 1.4, tl.where(i == 2, 2.0, tl.where(i == 3, 2.8, 4.0))))
+            _, fitted, rest = _quantize(parts, gain * factor, weight, edges, levels, widths, D, DP // 4, MOST)
             better = rest < error
-            codes = tl.where(better[:, None], again, codes)
-            fitted, error = tl.where(better, gained, fitted), tl.where(better, rest, error)
-    scale = _scale_by(fitted, exponent)
+            error, best = tl.where(better, rest, error), tl.where(better, gain * factor, best)
+            scale = tl.where(better, fitted, scale)
+        gain = best
+        scale = _scale_by(scale, exponent)
+    else:
+        scale = _scale_by(gain, exponent)
     if NARROW:
         byte = nearest_byte(scale)
-        scale = tl.where(byte == 0, 0.0, number_of(byte))
-        codes, _, _ = _quantize(y, _scale_by(scale, -exponent), weights, edges, levels, width, UNIFORM)
+        gain = _scale_by(tl.where(byte == 0, 0.0, number_of(byte)), -exponent)
         tl.store(out + scales + h * 64 + tl.arange(0, 64), byte.to(tl.uint8))
     else:
         at = (out + scales).to(tl.pointer_type(tl.bfloat16)) + h * 64 + tl.arange(0, 64)
         tl.store(at, scale.to(tl.bfloat16))
-    at = tl.load(offsets + h * D + e, mask=e < D, other=0)
-    shift = tl.zeros_like(width)
-    for i in tl.static_range(4):  # fields of 8, 4, 2 and 1 bits, see `codec.packing`
-        if UNIFORM == 0 or UNIFORM & (8 >> i):
-            here = ((width & (8 >> i)) != 0) & (e < D)
-            field = tl.reshape((codes >> shift) & ((1 << (8 >> i)) - 1), (1 << i, 64 >> i, DP))
-            packed = tl.sum(field << (tl.arange(0, 1 << i) * (8 >> i))[:, None, None], 0)
-            tl.store(out + codes_at + at + tl.arange(0, 64 >> i)[:, None], packed.to(tl.uint8), mask=here)
-            at += tl.where(here, 64 >> i, 0)
-            shift += tl.where(here, 8 >> i, 0)
+    codes, _, _ = _quantize(parts, gain, weight, edges, levels, widths, D, DP // 4, MOST)
+    for part in tl.static_range(4):
+        e = part * (DP // 4) + tl.arange(0, DP // 4)[None, :]
+        width = tl.load(widths + e, mask=e < D, other=0)
+        at = tl.load(offsets + h * D + e, mask=e < D, other=0)
+        shift = tl.zeros_like(width)
+        for i in tl.static_range(4):  # fields of 8, 4, 2 and 1 bits, see `codec.packing`
+            if (8 >> i) <= MOST and (UNIFORM == 0 or UNIFORM & (8 >> i)):
+                here = ((width & (8 >> i)) != 0) & (e < D)
+                field = tl.reshape((codes[part] >> shift) & ((1 << (8 >> i)) - 1), (1 << i, 64 >> i, DP // 4))
+                packed = tl.sum(field << (tl.arange(0, 1 << i) * (8 >> i))[:, None, None], 0)
+                tl.store(out + codes_at + at + tl.arange(0, 64 >> i)[:, None], packed.to(tl.uint8), mask=here)
+                at += tl.where(here, 64 >> i, 0)
+                shift += tl.where(here, 8 >> i, 0)
 
 
 @triton.jit
@@ -128,8 +160,8 @@ def encode_kernel(
     kb, kn, kh, kt, vb, vn, vh, vt, starts_b, starts_n, page_bytes, key_codes, key_scales, value_codes, value_scales,
     count,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, KU: tl.constexpr,
-    VU: tl.constexpr, KEY_FIT: tl.constexpr, VALUE_FIT: tl.constexpr, CENTER: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NARROW: tl.constexpr,
+    VU: tl.constexpr, KEY_MOST: tl.constexpr, VALUE_MOST: tl.constexpr, KEY_FIT: tl.constexpr, VALUE_FIT: tl.constexpr,
+    CENTER: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """A page (of all rows'), a head, keys or values."""
     page, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -139,14 +171,14 @@ def encode_kernel(
         _encode(
             k + b * kb + n * kn + h * kh, kt, out, key_codes, key_scales, key_mean,
             key_matrix, key_weight, key_edges, key_levels, key_widths, key_offsets,
-            key_center + (b * H + h) * D, starts + b * starts_b + n * starts_n, relative, h, D, DP, KU, KEY_FIT, CENTER,
-            HALF, INTERLEAVED, NARROW,
+            key_center + (b * H + h) * D, starts + b * starts_b + n * starts_n, relative, h, D, DP, KU, KEY_MOST,
+            KEY_FIT, CENTER, HALF, INTERLEAVED, NARROW,
         )  # fmt: skip
     else:
         _encode(
             v + b * vb + n * vn + h * vh, vt, out, value_codes, value_scales, value_mean,
             value_matrix, value_weight, value_edges, value_levels, value_widths, value_offsets,
-            key_center, starts, relative, h, DV, DVP, VU, VALUE_FIT, False, HALF, INTERLEAVED,
+            key_center, starts, relative, h, DV, DVP, VU, VALUE_MOST, VALUE_FIT, False, HALF, INTERLEAVED,
             NARROW,
         )  # fmt: skip
 
@@ -178,7 +210,7 @@ class _Side:
 
     def __init__(self, side):
         flat = set(side.widths.flatten().tolist())
-        self.uniform = next(iter(flat)) if len(flat) == 1 else 0
+        self.uniform, self.most = next(iter(flat)) if len(flat) == 1 else 0, max(flat)
         self.fit = side.scale == "fit"
         self.levels = side.levels.expand(side.heads, -1, -1).float().clone()
         self.levels[:, 0] = 0
@@ -229,8 +261,9 @@ def encode_pages(codec: QuantizedPageCodec, k: torch.Tensor, v: torch.Tensor, ce
         *(starts.stride()[:2] if center is not None else (0, 0)), codec.page_bytes,
         *(at for at, _ in codec.sections.values()), count,
         H=codec.heads, D=codec.key_dim, DP=_power(codec.key_dim), DV=codec.value_dim, DVP=_power(codec.value_dim),
-        KU=key.uniform, VU=value.uniform, KEY_FIT=key.fit, VALUE_FIT=value.fit, CENTER=center is not None,
-        HALF=0 if center is None else relative.shape[-1] // 2, INTERLEAVED=center is not None and center.interleaved,
+        KU=key.uniform, VU=value.uniform, KEY_MOST=key.most, VALUE_MOST=value.most, KEY_FIT=key.fit,
+        VALUE_FIT=value.fit, CENTER=center is not None, HALF=0 if center is None else relative.shape[-1] // 2,
+        INTERLEAVED=center is not None and center.interleaved,
         NARROW=codec.key.scale_bits == 8, num_warps=8,
     )  # fmt: skip
     return pages

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_gather import gather_tile
 from .triton_scales import load_narrow
 from .triton_softmax import LOWEST, VARY, constant_part, limit, mask_row, reorder, softmax
-from .triton_tile import component_of, gather_tile, load_tables, table_keys, table_values, token_of
+from .triton_tile import component_of, key_tile, load_shifts, load_tables, token_of, value_tile
 
 
 def partials_options(tables: bool, uniform: bool) -> dict:
@@ -23,20 +24,23 @@ def partials_options(tables: bool, uniform: bool) -> dict:
 @triton.jit(do_not_specialize=VARY)
 def partials(
     rotated, factors, constants, coefficients, starts, relative, pages, ints, mask, mixed, tops, totals,
-    key_tables, key_affine, key_levels, key_widths, key_offsets,
-    value_tables, value_affine, value_levels, value_widths, value_offsets,
+    key_tables, key_middle, key_levels, key_widths, key_offsets,
+    value_tables, value_middle, value_levels, value_widths, value_offsets,
     batch_words, page_words, key_codes, key_scales, value_codes, value_scales, starts_b, starts_n, mb, mh, ms,
     batch, parts, steps, length, offset, window, ahead, softcap, column,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr, KB: tl.constexpr, KU: tl.constexpr, VB: tl.constexpr, VU: tl.constexpr, HALF: tl.constexpr,
-    HP: tl.constexpr, CENTER: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr,
+    KEYS: tl.constexpr, KU: tl.constexpr, VALUES: tl.constexpr, VU: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
+    CENTER: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """A head's block of rows over a run of pages: `mixed [pairs, parts, rows, DV]`, `tops` and `totals` without `DV`.
 
-    `KB` and `VB` are the bits of codes expanded by tables; where 0, codes of `KU` and `VU` bits (0: each component its
-    own) are gathered. Offsets of sections are in words of their content: int32 for codes, bf16 for scales,
-    bytes where they are `NARROW`.
+    `KEYS` and `VALUES` are the pieces (`triton_tile`) that tables expand; where they have no width, codes of `KU` and
+    `VU` bits (0: each component its own) are gathered. Offsets of sections are in words of their content: int32 for
+    codes, bf16 for scales, bytes where they are `NARROW`.
     """
+    TABLES: tl.constexpr = KEYS[0][0] > 0
+    KEY_WORDS: tl.constexpr = KEYS[-1][3] + 2 * KEYS[-1][0] * KEYS[-1][2]  # of a head
+    VALUE_WORDS: tl.constexpr = VALUES[-1][3] + 2 * VALUES[-1][0] * VALUES[-1][2]
     block, split = tl.program_id(0), tl.program_id(1)
     pair, part = block // tl.cdiv(ROWS, RB), block % tl.cdiv(ROWS, RB)
     b, h = pair // H, pair % H
@@ -53,28 +57,37 @@ def partials(
     last = tl.maximum(length - steps + 1 + ahead - slot0, 0) // 64
     first = tl.minimum(tl.maximum(first, begin), end)
     last = tl.maximum(tl.minimum(last, end), first)
-    if MASK > 0 or SOFTCAP:
+    # Where a mask or a cap is in all pages, or gathering is slow anyway, one loop is enough.
+    ONE: tl.constexpr = MASK > 0 or SOFTCAP or not TABLES
+    if ONE:
         last = first
 
     lane = tl.arange(0, RB)
     r = part * RB + lane
     row, here = mask_row(b, h, r % ROWS, ROWS // steps, steps, length, mb, mh, ms)
     limits = (offset, window, ahead, softcap, column)
-    place = tl.arange(0, DP // 2 if KB > 0 else DP)
-    q = tl.load(rotated + (block * DP + component_of(place, 0, DP, KB))[:, None] * RB + lane[None, :])
     factor = tl.load(factors + block)
     constant = tl.load(constants + block * RB + lane)
-    # Levels are step * (u + shift), and tiles hold 1024 + u.
+    line = rotated + block * DP * RB + lane[None, :]
     base = tl.zeros([RB], tl.float32)
-    factor_k = factor
-    if KB > 0:
-        q1 = tl.load(rotated + (block * DP + component_of(place, 1, DP, KB))[:, None] * RB + lane[None, :])
-        base = tl.sum(q.to(tl.float32) + q1.to(tl.float32), 0) * (tl.load(key_affine + 2 * h + 1) - 1024)
-        factor_k *= tl.load(key_affine + 2 * h)
-        key_table = load_tables(key_tables + h * 16, KB)
-    if VB > 0:
-        value_table = load_tables(value_tables + h * 16, VB)
-    token = token_of(tl.arange(0, 64), KB)
+    token = tl.arange(0, 64)
+    q, acc, key_words, value_words = (), (), (), ()
+    if TABLES:
+        token = token_of(token)
+        shifts = load_shifts(key_tables)
+    for j in tl.static_range(len(KEYS)):
+        place = tl.arange(0, KEYS[j][2])
+        if TABLES:
+            place = component_of(place, KEYS[j][2])
+        place += KEYS[j][1]
+        q += (tl.load(line + place[:, None] * RB),)
+        if TABLES:
+            base += tl.sum(q[j].to(tl.float32) * tl.load(key_middle + h * D + place)[:, None], 0)
+            key_words += (load_tables(key_tables + h * 64, KEYS[j][0]),)
+    for j in tl.static_range(len(VALUES)):
+        acc += (tl.zeros([VALUES[j][2], RB], tl.float32),)
+        if TABLES:
+            value_words += (load_tables(value_tables + h * 64, VALUES[j][0]),)
     if CENTER:
         i = tl.arange(0, HP)
         turn = relative + token[:, None] * HP + i[None, :]  # [cos, sin][high, low][64][HP] fp16
@@ -84,14 +97,13 @@ def partials(
         start = starts + b.to(tl.int64) * starts_b
 
     head_pages = pages + b.to(tl.int64) * batch_words
-    acc = tl.zeros([DVP, RB], tl.float32)
     ones = tl.full([16, 64], 1, tl.float16)
     sums = tl.zeros([16, RB], tl.float32)
     top = tl.full([RB], LOWEST, tl.float32)
     tot = tl.zeros([8, RB], tl.float32)
     largest = factor * 0 + 1e-30
 
-    for EDGE in tl.static_range(2):
+    for EDGE in tl.static_range(1 if ONE else 0, 2):
         left = first - begin
         for step in range(0, left + end - last if EDGE else last - first):
             if EDGE:
@@ -116,14 +128,16 @@ def partials(
                     constant_part(cos_high, cos_low, sin_high, sin_low, a * cos + c * sin, c * cos - a * sin) * factor
                 )
             y = tl.broadcast_to(base[None, :], (64, RB))
-            if KB > 0:
-                codes = page + key_codes + h * (2 * KB * D)
-                y = tl.dot(table_keys(codes, key_table, 0, D, DP, KB), q, y)
-                y = tl.dot(table_keys(codes, key_table, 1, D, DP, KB), q1, y)
-            else:
-                codes = page.to(tl.pointer_type(tl.uint8)) + key_codes * 4
-                y = tl.dot(tl.trans(gather_tile(codes, again, key_levels, key_widths, key_offsets, D, DP, KU)), q, y)
-            y *= (key_scale * factor_k)[:, None]
+            codes = page + key_codes
+            for j in tl.static_range(len(KEYS)):
+                if TABLES:
+                    head = codes + h * KEY_WORDS + KEYS[j][3]
+                    tile = key_tile(head, key_words[j], shifts, KEYS[j][2], KEYS[j][0])
+                else:
+                    tile = gather_tile(codes, again, key_levels, key_widths, key_offsets, D, KEYS[j][1], KEYS[j][2], KU)
+                    tile = tl.trans(tile)
+                y = tl.dot(tile, q[j], y)
+            y *= (key_scale * factor)[:, None]
             if CENTER:
                 y += extra
             if SOFTCAP:
@@ -137,25 +151,34 @@ def partials(
             most = tl.maximum(largest, tl.max(tl.abs(value_scale), 0))
             shrink *= largest / most
             largest = most
-            weights = reorder((p * (value_scale * (32768 / most))[:, None]).to(tl.float16), KB, VB, RB)
-            if VB > 0:
-                codes = page + value_codes + h * (2 * VB * DV)
-                values = table_values(codes, value_table, DV, DVP, VB)
+            weights = (p * (value_scale * (32768 / most))[:, None]).to(tl.float16)
+            if TABLES:
+                weights = reorder(weights, RB)
                 sums = tl.dot(ones, weights, sums * shrink[None, :])
-            else:
-                codes = page.to(tl.pointer_type(tl.uint8)) + value_codes * 4
-                values = gather_tile(codes, again, value_levels, value_widths, value_offsets, DV, DVP, VU)
-            acc = tl.dot(values, weights, acc * shrink[None, :])
+            codes = page + value_codes
+            mix = ()
+            for j in tl.static_range(len(VALUES)):
+                if TABLES:
+                    head = codes + h * VALUE_WORDS + VALUES[j][3]
+                    tile = value_tile(head, value_words[j], shifts, VALUES[j][2], VALUES[j][0])
+                else:
+                    tile = gather_tile(
+                        codes, again, value_levels, value_widths, value_offsets, DV, VALUES[j][1], VALUES[j][2], VU
+                    )
+                mix += (tl.dot(tile, weights, acc[j] * shrink[None, :]),)
+            acc = mix
 
     unit = largest / 32768
-    if VB > 0:
-        acc += (tl.load(value_affine + 2 * h + 1) - 1024) * tl.max(sums, 0)[None, :]
-        unit *= tl.load(value_affine + 2 * h)
     if SOFTCAP:
         constant = tl.zeros([RB], tl.float32)
     at = (pair * parts + split) * ROWS + r
-    e = tl.arange(0, DVP)
     valid = r < ROWS
     tl.store(tops + at, top + constant, mask=valid)
     tl.store(totals + at, tl.sum(tot, 0), mask=valid)
-    tl.store(mixed + at[None, :] * DV + e[:, None], acc * unit, mask=valid[None, :] & (e < DV)[:, None])
+    line = mixed + at[None, :] * DV
+    for j in tl.static_range(len(VALUES)):
+        e = VALUES[j][1] + tl.arange(0, VALUES[j][2])
+        found = acc[j]
+        if TABLES:
+            found += tl.load(value_middle + h * DV + e)[:, None] * tl.max(sums, 0)[None, :]
+        tl.store(line + e[:, None], found * unit, mask=valid[None, :] & (e < DV)[:, None])

@@ -53,18 +53,9 @@ def mask_row(b, h, r, groups, steps, length, sb, sh, st):
 
 
 @triton.jit
-def reorder(p, KB: tl.constexpr, VB: tl.constexpr, R: tl.constexpr):
-    """Rows `[64, R]` from the keys' order of tokens (`token_of`) to that of the values' tile, bit by bit."""
-    p = tl.reshape(p, (2, 2, 2, 2, 2, 2, R))
-    if KB >= 4:
-        p = tl.permute(p, (2, 3, 4, 5, 0, 1, 6))
-    elif KB > 0:
-        p = tl.permute(p, (2, 0, 3, 4, 5, 1, 6))
-    if VB >= 4:
-        p = tl.permute(p, (4, 5, 1, 2, 3, 0, 6))
-    elif VB > 0:
-        p = tl.permute(p, (1, 5, 2, 3, 4, 0, 6))
-    return tl.reshape(p, (64, R))
+def reorder(p, R: tl.constexpr):
+    """Rows `[64, R]` from the order of `key_tile`'s tokens to that of `value_tile`'s, bit by bit."""
+    return tl.reshape(tl.permute(tl.reshape(p, (2, 2, 2, 2, 2, 2, R)), (0, 1, 3, 4, 5, 2, 6)), (64, R))
 
 
 @triton.jit
