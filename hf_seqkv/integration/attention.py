@@ -51,8 +51,9 @@ def _obstacle(module, function, query, key, value, mask, args, kwargs) -> str | 
         return "attention dropout is on"
     if kwargs.get("output_attentions") or (function is _eager_or_none(module) and _wants_weights(module)):
         return "attention weights were asked for (output_attentions)"
-    if query.shape[1] % key.shape[1] or query.shape[-1] != key.shape[-1]:
-        return f"query {tuple(query.shape)} does not fit keys {tuple(key.shape)}"
+    shape = key.shape  # once: of a handle it is not cheap
+    if query.shape[1] % shape[1] or query.shape[-1] != shape[-1]:
+        return f"query {tuple(query.shape)} does not fit keys {tuple(shape)}"
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
         return f"its mask is a {type(mask).__name__}" + (f" of {mask.dim()} dimensions" if hasattr(mask, "dim") else "")
     return None

@@ -89,7 +89,7 @@ class Handle(Lazy):
         """Attention over the codes, `[B, Tq, Hq, Dv]`; see `kernels.reference.attend_codes`."""
         if torch.compiler.is_compiling():
             return ops.attend_codes(query, *ops.flatten(self.view_, mask, scoring), self.backend)
-        backend = select_backend(self.backend, self.view_.codec, self.device)
+        backend = select_backend(self.backend, self.view_.codec, query.device)
         return backend.attend_codes(query, self.view_, mask, scoring)
 
     def materialize(self, begin: int = 0, end: int | None = None) -> torch.Tensor:

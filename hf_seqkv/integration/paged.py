@@ -99,8 +99,8 @@ class PagedTokens:
                 grown[:, :, :held] = buffer[:, :, :held]
                 buffer = grown
                 setattr(self, name, buffer)
-            buffer[:, :, held : held + new] = fresh
-            out.append(buffer[:, :, : held + new])
+            buffer.narrow(2, held, new).copy_(fresh)
+            out.append(buffer.narrow(2, 0, held + new))
         return tuple(out)
 
     def _capacity(self) -> int:

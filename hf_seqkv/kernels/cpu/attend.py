@@ -6,8 +6,9 @@ counts.
 
 from __future__ import annotations
 
-import ctypes
+import struct
 import weakref
+from array import array
 
 import numpy as np
 import torch
@@ -15,16 +16,11 @@ import torch
 from ..interface import LayerView, Scoring
 from . import attend_worker as worker
 from . import paged, threads
-from .call import CALL, DENSE, SPLIT
+from .call import CALL, DENSE, SPLIT, WHOLE
 from .simd import ROWS
 
 _TEMPLATES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-class _Call(ctypes.Structure):
-    """`call.CALL` for Python: setting a field is several times quicker than in a numpy record."""
-
-    _fields_ = [(name, ctypes.c_int64 if CALL[name] == np.int64 else ctypes.c_float) for name in CALL.names]
+_FLOATS, _WORDS = struct.Struct("4f"), struct.Struct("2q")
 
 
 def path() -> str:
@@ -53,7 +49,8 @@ class _Template:
     """What every call with a codec has in common: fields of the record, and the arrays they point to."""
 
     def __init__(self, codec):
-        call = _Call(heads=codec.heads, size=codec.page_size, page_bytes=codec.page_bytes)
+        call = dict.fromkeys(WHOLE, 0)
+        call |= {"heads": codec.heads, "size": codec.page_size, "page_bytes": codec.page_bytes}
         self.held = []
         for name, side in (("key", codec.key), ("value", codec.value)):
             widths = side.widths.contiguous().numpy()
@@ -64,15 +61,11 @@ class _Template:
             arrays["matrix"], head = _matrix(matrix)
             arrays |= {"widths": widths, "offsets": side.offsets.contiguous().numpy()}
             arrays["mean"] = side.mean.contiguous().numpy()
-            for field, array in arrays.items():
-                setattr(call, f"{name}_{field}", array.ctypes.data)
-            setattr(call, f"{name}_matrix_head", head)
-            setattr(call, f"{name}_dim", side.dim)
-            setattr(call, f"{name}_codes", codec.sections[f"{name}_codes"][0])
-            setattr(call, f"{name}_scales", codec.sections[f"{name}_scales"][0])
-            setattr(call, f"{name}_scale_bytes", side.scale_bits // 8)
+            call |= {f"{name}_{field}": x.ctypes.data for field, x in arrays.items()}
+            call |= {f"{name}_matrix_head": head, f"{name}_dim": side.dim, f"{name}_scale_bytes": side.scale_bits // 8}
+            call |= {f"{name}_{part}": codec.sections[f"{name}_{part}"][0] for part in ("codes", "scales")}
             self.held.append(arrays)
-        self.fields = bytes(call)
+        self.fields = call
         self.table = self.tile = self.unit = self.at = None
 
     def relative(self, table: torch.Tensor) -> tuple[int, float]:
@@ -102,64 +95,68 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     """As `reference.attend_codes`, for quantised pages on a CPU."""
     batch, query_heads, steps, dim = query.shape
     codec, template = view.codec, _template(view.codec)
-    call = _Call.from_buffer_copy(template.fields)
+    call, value_dim = template.fields.copy(), codec.value_dim
     rows, pairs = query_heads // codec.heads * steps, batch * codec.heads
     query32 = query.detach().float().contiguous()
-    out = torch.empty(batch, steps, query_heads, codec.value_dim)
+    out = torch.empty(batch, steps, query_heads, value_dim)
     splits, blocks = -(-max(view.counts, default=0) // SPLIT), -(-rows // ROWS)
     parts = pairs * (splits + 1) * rows
-    numbers = torch.empty(parts * (codec.value_dim + 2) + pairs * rows * (2 * dim + 34))
-    at = numbers.data_ptr()
-    call.mixed, call.tops, call.totals = at, at + 4 * parts * codec.value_dim, at + 4 * parts * (codec.value_dim + 1)
-    call.prepared = at + 4 * parts * (codec.value_dim + 2)
-    call.query, call.out, call.batch, call.rows, call.steps = query32.data_ptr(), out.data_ptr(), batch, rows, steps
-    call.splits, call.blocks, call.tasks = splits, blocks, parts // rows * blocks
-    call.pages, call.page_row, call.length, call.offset = (
-        view.pages.data_ptr(), view.pages.stride(0), view.length, view.offset,
-    )  # fmt: skip
-    call.scaling, call.softcap = scoring.scaling, scoring.softcap or 0
-    call.causal, call.window = scoring.causal and mask is None, scoring.window or 0
-
-    # Whole numbers of all kinds go into one array: how far the workers are, rows of the batch, runs of dense tokens.
-    whole, held = [0] * (2 + pairs), []
-    rows_at, run_at = len(whole), len(whole) + 6 * batch
-    whole += [*view.counts, *view.page_slots]
-    whole += [*view.sinks.slots, *view.sinks.begin, *view.recent.slots, *view.recent.begin]
-    for run in (view.sinks, view.recent, *([] if view.side is None else [view.side])):
-        k, v, strides = _dense(run.k, run.v)
-        tokens = [k.data_ptr(), v.data_ptr(), 0, 0, 0, k.shape[2], k.dtype == torch.bfloat16, *strides]
-        whole += tokens
-        held.append((k, v))
-    array = np.array(whole, np.int64)
-    base = array.ctypes.data
-    call.prepare_next, call.attend_next, call.done = base, base + 8, base + 16
-    call.counts, call.page_slots = base + 8 * rows_at, base + 8 * (rows_at + batch)
-    call.dense, call.runs = base + 8 * run_at, len(held)
-    width = len(DENSE.names)
-    for i in range(2):
-        array[run_at + i * width + 2] = base + 8 * (rows_at + (2 + 2 * i) * batch)
-        array[run_at + i * width + 4] = base + 8 * (rows_at + (3 + 2 * i) * batch)
-    if view.side is not None:
-        slots = view.side.slots.contiguous()
-        array[run_at + 2 * width + 2 : run_at + 2 * width + 4] = slots.data_ptr(), 1
-
+    numbers = torch.empty(parts * (value_dim + 2) + pairs * rows * (2 * dim + 34))
+    at, pages = numbers.data_ptr(), view.pages
+    call["mixed"], call["tops"], call["totals"] = at, at + 4 * parts * value_dim, at + 4 * parts * (value_dim + 1)
+    call["prepared"] = at + 4 * parts * (value_dim + 2)
+    call["query"], call["out"], call["batch"], call["rows"] = query32.data_ptr(), out.data_ptr(), batch, rows
+    call["steps"], call["splits"], call["blocks"], call["tasks"] = steps, splits, blocks, parts // rows * blocks
+    call["pages"], call["page_row"] = pages.data_ptr(), pages.stride(0)
+    call["length"], call["offset"] = view.length, view.offset
+    call["causal"], call["window"] = scoring.causal and mask is None, scoring.window or 0
+    held, unit = [], 0.0
     if view.center is not None:
         center = view.center
         mean = center.mean.contiguous()
         starts = center.starts if center.starts.stride(1) == center.starts.shape[2] else center.starts.contiguous()
-        call.constant, call.starts, call.starts_row = mean.data_ptr(), starts.data_ptr(), starts.stride(0)
-        call.relative, call.relative_unit = template.relative(center.relative)
-        call.half, call.interleaved = center.relative.shape[1] // 2, center.interleaved
+        call["constant"], call["starts"], call["starts_row"] = mean.data_ptr(), starts.data_ptr(), starts.stride(0)
+        call["relative"], unit = template.relative(center.relative)
+        call["half"], call["interleaved"] = center.relative.shape[1] // 2, center.interleaved
+        held += mean, starts
     if mask is not None:
         bias = mask.detach() if mask.dtype == torch.bool else mask.detach().float()
         bias = bias if bias.stride(3) == 1 else bias.contiguous()
         strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
-        call.mask, call.mask_kind = bias.data_ptr(), 1 if bias.dtype == torch.bool else 2
-        call.mask_row, call.mask_head, call.mask_step = strides[:3]
+        call["mask"], call["mask_kind"] = bias.data_ptr(), 1 if bias.dtype == torch.bool else 2
+        call["mask_row"], call["mask_head"], call["mask_step"] = strides[:3]
+        held.append(bias)
     if scoring.sink_logits is not None:
         logits = scoring.sink_logits.detach().float().contiguous()
-        call.sink_logits = logits.data_ptr()
-    address = ctypes.addressof(call)
-    threads.run(worker.PREPARE, address, pairs * blocks)
-    threads.run(worker.ATTEND, address, call.tasks)
+        call["sink_logits"] = logits.data_ptr()
+        held.append(logits)
+
+    # The record, how far the workers are, numbers of every row, and runs of dense tokens lie in one piece of memory.
+    runs = (view.sinks, view.recent) if view.side is None else (view.sinks, view.recent, view.side)
+    progress_at = CALL.itemsize // 8
+    rows_at = progress_at + 2 + pairs
+    runs_at = rows_at + 6 * batch
+    memory = array("q", bytes(8 * (runs_at + len(runs) * len(DENSE))))
+    base = memory.buffer_info()[0]
+    progress, numbers_of_rows = base + 8 * progress_at, base + 8 * rows_at
+    call["prepare_next"], call["attend_next"], call["done"] = progress, progress + 8, progress + 16
+    call["counts"], call["page_slots"] = numbers_of_rows, numbers_of_rows + 8 * batch
+    call["dense"], call["runs"] = base + 8 * runs_at, len(runs)
+    whole = [*call.values(), *_WORDS.unpack(_FLOATS.pack(scoring.scaling, scoring.softcap or 0, unit, 0))]
+    whole += [0] * (2 + pairs)
+    whole += [*view.counts, *view.page_slots]
+    whole += [*view.sinks.slots, *view.sinks.begin, *view.recent.slots, *view.recent.begin]
+    for i, run in enumerate(runs):
+        k, v, strides = _dense(run.k, run.v)
+        if i < 2:
+            slots, begin = (numbers_of_rows + 8 * batch * (2 + 2 * i + j) for j in range(2))
+        else:
+            side_slots, begin = run.slots.contiguous(), 0
+            slots = side_slots.data_ptr()
+            held.append(side_slots)
+        whole += [k.data_ptr(), v.data_ptr(), slots, i == 2, begin, k.shape[2], k.dtype == torch.bfloat16, *strides]
+        held += k, v
+    memory[:] = array("q", whole)
+    threads.run(worker.PREPARE, base, pairs * blocks)
+    threads.run(worker.ATTEND, base, call["tasks"])
     return out.to(query.dtype)

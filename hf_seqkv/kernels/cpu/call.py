@@ -51,8 +51,9 @@ CALL = np.dtype(
             *("length", "sink_logits", "mixed", "tops", "totals", "out"),
         )
     ]
-    + [(name, np.float32) for name in ("scaling", "softcap", "relative_unit")]
+    + [(name, np.float32) for name in ("scaling", "softcap", "relative_unit", "unused")]
 )
+WHOLE = [name for name in CALL.names if CALL[name] == np.int64]
 # A run of dense tokens, one of `CALL.runs`: addresses, strides in elements, and how many tokens.
 DENSE = np.dtype(
     [
