@@ -19,6 +19,7 @@ from transformers import (
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import SeqKVWarning
 from hf_seqkv.integration import direct, handle
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.handle import Handle
 
 _BASE = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3}
@@ -82,8 +83,8 @@ def test_eight_bits_stay_close(name, dtype, spans):
         SeqKVCache(config=model.config, key_bits=8, value_bits=8, **SMALL),
     ):
         with torch.no_grad():
-            model(ids[:, :40], past_key_values=cache)
-            parts = [model(ids[:, at : at + 5], past_key_values=cache).logits for at in range(40, 90, 5)]
+            model(ids[:, :40], **{CACHE_NAME: cache})
+            parts = [model(ids[:, at : at + 5], **{CACHE_NAME: cache}).logits for at in range(40, 90, 5)]
         logits.append(torch.cat(parts, 1).float())
     assert 0 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.1
     assert max(spans, default=0) <= 24
@@ -103,7 +104,7 @@ def pair(options=SMALL) -> tuple[Handle, Handle]:
     model, (ids, mask) = tiny("llama"), prompt(2, 70, pads=(0, 29))
     cache = SeqKVCache(config=model.config, **options)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{CACHE_NAME: cache})
     return cache.layers[1]._handles(None)
 
 

@@ -14,6 +14,7 @@ from ..errors import CalibrationMismatchError, ConfigError, SeqKVWarning, Unsupp
 from . import capture, continuous
 from .attention import unwrap_attention, wrap_attention
 from .cache import SeqKVCache
+from .compat import CACHE_NAME
 from .continuous import NAME
 from .latent import unwrap_expansions
 
@@ -56,7 +57,7 @@ def uninstall() -> None:
 def _prepare(original):
     @functools.wraps(original)
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if isinstance(given, SeqKVCache):
             wrap_attention()
             given.expected_length = generation_config.max_length or 0
@@ -80,7 +81,7 @@ def _prepare(original):
 
 
 def _swap(model, generation_config, model_kwargs) -> None:
-    built = model_kwargs.get("past_key_values")
+    built = model_kwargs.get(CACHE_NAME)
     if type(built) is not DynamicCache:
         kind = "no cache" if built is None else f"a {type(built).__name__}"
         raise UnsupportedModelError(
@@ -106,7 +107,7 @@ def _swap(model, generation_config, model_kwargs) -> None:
         cache.activate_past_recording()
     wrap_attention()  # another library may have registered its own since
     cache.bind(model)
-    model_kwargs["past_key_values"] = cache
+    model_kwargs[CACHE_NAME] = cache
 
 
 @functools.cache
@@ -121,7 +122,7 @@ def _say_of_draft(name: str) -> None:
 def _prefill(original):
     @functools.wraps(original)
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        prefixes = getattr(model_kwargs.get("past_key_values"), "prefixes", None)
+        prefixes = getattr(model_kwargs.get(CACHE_NAME), "prefixes", None)
         if prefixes is None:
             return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         if _ids_alone(generation_config, input_ids, model_kwargs):
