@@ -9,8 +9,8 @@ from models import CONFIGS, LOSSLESS, SMALL, VOCABULARY, prompt, tiny
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from hf_seqkv import SeqKVCache, calibrate
-from hf_seqkv.errors import CalibrationMismatchError, SeqKVWarning, UnsupportedOperationError
+from hf_seqkv import SeqKVCache
+from hf_seqkv.errors import SeqKVWarning, UnsupportedOperationError
 from hf_seqkv.integration import attention
 from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.layer import SeqKVLayer
@@ -67,10 +67,11 @@ def test_rejected_candidates_are_cut_out_of_pages(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
-def test_main_and_draft_with_settings_of_their_own(name):
-    """The cache that is passed is the main model's; the draft gets one from the options."""
+def test_draft_keeps_its_own_cache(name):
+    """Whether the main model's is passed, with or without options, or asked for by name."""
     model, (ids, _) = tiny(name), prompt()
-    draft = draft_of(model)
+    draft, kinds = draft_of(model), set()
+    draft.register_forward_pre_hook(lambda module, _, given: kinds.add(type(given[CACHE_NAME])), with_kwargs=True)
     plain = model.generate(ids, assistant_model=draft, **NEW)
     cache = SeqKVCache(config=model.config, **LOSSLESS)
     options = {"cache_implementation": "seqkv", "cache_config": {**SMALL, "key_bits": 8, "value_bits": 8}}
@@ -78,28 +79,8 @@ def test_main_and_draft_with_settings_of_their_own(name):
     assert cache.get_seq_length() == plain.shape[1] - 1
     again = SeqKVCache(config=model.config, **LOSSLESS)
     assert torch.equal(plain, model.generate(ids, assistant_model=draft, **{CACHE_NAME: again}, **NEW))
-
-
-def test_calibration_is_the_main_models():
-    """Options go to both caches; a draft that the calibration does not fit is coded without it, and that is said."""
-
-    def numbers(text, **options):
-        return {"input_ids": [int(word) % 128 + 3 for word in text.split()]}
-
-    numbers.bos_token_id = 1
-    model, (ids, _) = tiny("llama"), prompt()
-    text = " ".join(str(i * i % 131 + i % 7) for i in range(1500))
-    made = calibrate(model, numbers, [text], tokens=1024, window=128, sequence=False, progress=False)
-    draft = AutoModelForCausalLM.from_config(CONFIGS["mistral-window"]()).eval()
-    options = {"cache_implementation": "seqkv", "cache_config": {"calibration": made, **SMALL}}
-    alone = model.generate(ids, **NEW, **options)
-    with pytest.warns(SeqKVWarning, match="main model's; the cache of its draft, MistralForCausalLM") as told:
-        assisted = model.generate(ids, assistant_model=draft, **NEW, **options)
-    assert len(told) == 1
-    assert torch.equal(assisted[:, :60], alone[:, :60])  # lossy: pages of another step may tip a score later
-    model.generate(ids, assistant_model=draft, **NEW, **options)  # a second warning would be an error
-    with pytest.raises(CalibrationMismatchError):
-        draft.generate(ids, **NEW, **options)
+    assert torch.equal(plain, model.generate(ids, assistant_model=draft, **NEW, **OURS))
+    assert kinds == {DynamicCache}
 
 
 def test_draft_with_another_tokenizer():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 
-from ..errors import CalibrationMismatchError, ConfigError, SeqKVWarning, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from . import capture, continuous
 from .attention import unwrap_attention, wrap_attention
 from .cache import SeqKVCache
@@ -62,6 +61,8 @@ def _prepare(original):
             wrap_attention()
             given.expected_length = generation_config.max_length or 0
             given.bind(self)
+        if generation_config.is_assistant and generation_config.cache_implementation == NAME:
+            generation_config.cache_implementation = None  # a draft keeps its own cache: 5.24 has it so for all names
         if generation_config.cache_implementation != NAME:
             return original(self, generation_config, model_kwargs, *args, **kwargs)
         if given is not None and not isinstance(given, SeqKVCache):
@@ -93,30 +94,11 @@ def _swap(model, generation_config, model_kwargs) -> None:
         options = getattr(generation_config, NAME, None) or {}
     if not isinstance(options, dict):
         raise ConfigError(f"cache_config must be a dict of SeqKVConfig fields, not a {type(options).__name__}")
-    config = model.config.get_text_config(decoder=True)
-    try:
-        cache = SeqKVCache(config=config, **options)
-    except CalibrationMismatchError:
-        if not generation_config.is_assistant:
-            raise
-        _say_of_draft(type(model).__name__)
-        data_free = {name: x for name, x in options.items() if name not in ("calibration", "method")}
-        cache = SeqKVCache(config=config, **data_free)
+    cache = SeqKVCache(config=model.config.get_text_config(decoder=True), **options)
     cache.expected_length = generation_config.max_length or 0
-    if generation_config.is_assistant:
-        cache.activate_past_recording()
     wrap_attention()  # another library may have registered its own since
     cache.bind(model)
     model_kwargs[CACHE_NAME] = cache
-
-
-@functools.cache
-def _say_of_draft(name: str) -> None:
-    warnings.warn(
-        f"the calibration in cache_config is the main model's; the cache of its draft, {name}, is coded without one",
-        SeqKVWarning,
-        stacklevel=4,
-    )
 
 
 def _prefill(original):
