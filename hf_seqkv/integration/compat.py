@@ -1,6 +1,6 @@
 """Which transformers this works with, what it needs of it, and what it works around.
 
-Tested with 5.21 to 5.23. From 5.15 on every seam is there, but upstream fails: before 5.21 a chunked prefill runs the
+Tested with 5.21 to 5.24. From 5.15 on every seam is there, but upstream fails: before 5.21 a chunked prefill runs the
 whole prompt again after a prefix that was loaded, before 5.18 its own sliding cache breaks in assisted decoding. 5.14
 and older have another cache interface (`crop` to a length).
 
@@ -35,7 +35,7 @@ from transformers.generation import utils
 
 from ..errors import SeqKVWarning, UnsupportedVersionError
 
-LOWEST, NEWEST = "5.21", "5.23"  # minor versions the tests have passed with
+LOWEST, NEWEST = "5.21", "5.24"  # minor versions the tests have passed with
 # The keyword and the field of outputs that hold a cache: `cache`; `past_key_values` before 5.24, which takes both.
 CACHE_NAME = getattr(utils, "ALL_CACHE_NAMES", ["cache"])[0]
 # module: name, and the parameters of it that are used by name or place.
