@@ -27,6 +27,7 @@ def main(out, text_file, model_name=None, tokens="16384"):
     calibration = SeqKVCalibration.from_pretrained(out)
     cache = SeqKVCache(config=model.config, calibration=calibration)
     inputs = tokenizer(text[:4000], return_tensors="pt")
+    # or `cache=cache` from transformers 5.24 on, which warns of the older name
     sequence = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
     print(tokenizer.decode(sequence[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     print(f"{cache.get_seq_length()} tokens, {cache.bits_per_value():.2f} bits a value in pages, calibrated from {out}")

@@ -46,6 +46,7 @@ def main(out, model_name=None):
     session = Path(out) / "session.seqkv"
     print(f"session of {cache.get_seq_length()} tokens: {cache.save(session)} bytes")
     woken = SeqKVCache.load(session, model)
+    # or `cache=woken` from transformers 5.24 on, which warns of the older name
     more = model.generate(made.sequences, past_key_values=woken, max_new_tokens=8, do_sample=False)
 
     ids = replay.pack(more[0])

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import SeqKVWarning, UnsupportedModelError
 from hf_seqkv.integration import attention, handle
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.direct import Arranged
 from hf_seqkv.integration.handle import Handle
 from hf_seqkv.integration.latent import Expanded
@@ -128,7 +129,7 @@ def _check(model, report: Report) -> None:
         raise UnsupportedModelError(f"transformers' own generate fails: {_said(error)}") from error
     with _counted(report):
         ours = _generate(model, "greedy", OURS)
-    cache = ours.past_key_values
+    cache = ours.get(CACHE_NAME)
     if not isinstance(cache, SeqKVCache):
         raise UnsupportedModelError(f"its own generate makes a {type(cache).__name__}, whatever is asked for")
     report.coded = sum(isinstance(layer, SeqKVLayer) and layer.length > 0 for layer in cache.layers)
@@ -191,7 +192,7 @@ def _generate(model, mode: str, cache: dict, pad: int = 0):
     if mode == "turns":
         for extra in (ids[:, :11], ids[:, 20:21]):
             turn = torch.cat([out.sequences, extra], 1)
-            given = {"attention_mask": torch.ones_like(turn), "past_key_values": out.past_key_values}
+            given = {"attention_mask": torch.ones_like(turn), CACHE_NAME: out.get(CACHE_NAME)}
             out = model.generate(turn, **given, **options)
     return out
 
@@ -219,9 +220,9 @@ def _logits(model, cache, widths: list[int]) -> torch.Tensor:
     """Teacher-forced over a cache after 40 tokens, in steps of several widths, `[2, sum(widths), V]`."""
     ids, parts = prompt(2, 40 + sum(widths))[0], []
     with torch.no_grad():
-        model(ids[:, :40], past_key_values=cache, use_cache=True)
+        model(ids[:, :40], **{CACHE_NAME: cache}, use_cache=True)
         for part in ids[:, 40:].split(widths, 1):
-            parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(part, **{CACHE_NAME: cache}, use_cache=True).logits)
     return torch.cat(parts, 1)
 
 

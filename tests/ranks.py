@@ -32,6 +32,7 @@ from hf_seqkv.errors import (
     UnsupportedModelError,
 )
 from hf_seqkv.integration import learned_tables, prefix
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.sequence_cache import SequenceCache
 from hf_seqkv.integration.shards import shard_of
 from hf_seqkv.integration.state import state_of
@@ -61,7 +62,7 @@ def generated(model, rows=2, cache=None, mode="greedy", tokens=8, **options):
     ids, mask = prompt(rows, 61, PADDED[:rows])
     torch.manual_seed(7)
     if cache is not None:
-        options["past_key_values"] = cache
+        options[CACHE_NAME] = cache
     return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, **MODES[mode], **options)
 
 
@@ -70,7 +71,7 @@ def prefilled(model, calibration=None, **options):
     options |= {} if calibration is None else {"calibration": calibration}
     cache = SeqKVCache(config=model.config, **SMALL | options)
     with torch.no_grad():
-        model(prompt(1, 61)[0], past_key_values=cache)
+        model(prompt(1, 61)[0], **{CACHE_NAME: cache})
     return cache
 
 
@@ -117,7 +118,7 @@ class Run:
         )
         store.flush()
         dist.barrier()
-        prefixes = made.past_key_values.prefixes
+        prefixes = made[CACHE_NAME].prefixes
         return made, prefixes.plan.load if prefixes.loaded else 0
 
     def entries(self, store, options=LOSSLESS) -> list[Path]:
@@ -188,7 +189,7 @@ def check_a_calibration_is_sliced(run):
     assert torch.equal(ours[:, :62], run.wanted["greedy"][:, :62])
     ids = prompt(1, 61)[0][:, -1:]
     with torch.no_grad():
-        logits = run.model(ids, past_key_values=cache).logits
+        logits = run.model(ids, **{CACHE_NAME: cache}).logits
     assert (logits - run.wanted["step"]).norm() < 1e-2 * run.wanted["step"].norm()
 
 
@@ -216,7 +217,7 @@ def check_pages_of_all_ranks_load(run):
                 made, loaded = run.through(store, rows=rows)
                 assert loaded == expected
                 assert torch.equal(made.sequences, run.wanted[mode])
-        scopes = shard_of(run.model).gather(made.past_key_values.prefixes.scope)
+        scopes = shard_of(run.model).gather(made[CACHE_NAME].prefixes.scope)
         assert len(set(scopes)) == RANKS
         assert store.stat()["entries"] == RANKS * run.wanted["pages of two rows"]
 
@@ -232,7 +233,7 @@ def check_a_page_that_one_rank_lacks(run):
             dist.barrier()
             with warned(run.rank == 1 and harm == "damage", "counts as missing"):
                 made, _ = run.through(store)
-            assert made.past_key_values.prefixes.loaded == (SINKS + PAGE * page if page else 0)
+            assert made[CACHE_NAME].prefixes.loaded == (SINKS + PAGE * page if page else 0)
             assert torch.equal(made.sequences, run.wanted["one row"])
         assert run.through(store)[1] == 7
 
@@ -267,7 +268,7 @@ def check_one_decision_of_all_planners(run):
             store.rates = lambda: Rates({"hot": 1e3}, (1e-9, 0.0))
         made, loaded = run.through(store)
         assert loaded == 0
-        assert made.past_key_values.prefixes.plan.load == 0
+        assert made[CACHE_NAME].prefixes.plan.load == 0
         assert torch.equal(made.sequences, run.wanted["one row"])
 
 
@@ -283,7 +284,7 @@ def check_exact_tables_of_each_rank(run):
             made, _ = run.through(store, codes, rows=2)
             again, loaded = run.through(store, codes, rows=2)
         assert loaded == 6
-        for a, b in zip(made.past_key_values.layers, again.past_key_values.layers, strict=True):
+        for a, b in zip(made[CACHE_NAME].layers, again[CACHE_NAME].layers, strict=True):
             assert torch.equal(a.pages[:, :6], b.pages[:, :6])
         forms = [entry.form for entry in store.entries()]
         assert forms.count("tables") == RANKS
@@ -302,7 +303,7 @@ def check_sessions(run):
     (mine, facts), (other, others) = state_of(cache), state_of(woken)
     assert facts == others
     assert all(torch.equal(mine[name], other[name]) for name in mine | other)
-    on = [run.model.generate(made, past_key_values=x, max_new_tokens=5, do_sample=False) for x in (cache, woken)]
+    on = [run.model.generate(made, **{CACHE_NAME: x}, max_new_tokens=5, do_sample=False) for x in (cache, woken)]
     assert torch.equal(*on)
     dist.barrier()
     with pytest.raises(CalibrationMismatchError, match=f"session.rank0-of-2.*this is rank {run.rank} of 2"):

@@ -12,6 +12,7 @@ from hf_seqkv.cli import main
 from hf_seqkv.errors import BackendError, ConfigError
 from hf_seqkv.eval import bench_decode, bench_kernels, bench_report, bench_timing, passages, smollm2
 from hf_seqkv.eval.bench_kernels import BASELINE, Rate, Shape
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.kernels import interface, reference
 
 SHAPE = Shape(6, 2, 32)
@@ -245,7 +246,7 @@ def test_caches_see_the_same():
             cache = bench_decode.make_cache(name, model.config, 45, options)
             for at in (slice(0, 40), *(slice(i, i + 1) for i in range(40, 44))):
                 assert bench_decode.forward(model, ids[:, at], cache) > 0
-            out = model(ids[:, 44:], past_key_values=cache).logits[:, -1]
+            out = model(ids[:, 44:], **{CACHE_NAME: cache}).logits[:, -1]
             torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4, msg=name)
 
 

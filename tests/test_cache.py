@@ -17,6 +17,7 @@ from hf_seqkv.errors import (
     UnsupportedOperationError,
 )
 from hf_seqkv.integration import handle
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.handle import Handle
 
 
@@ -30,7 +31,7 @@ def filled(name="llama", ids=None, mask=None, chunk=None, **options):
         for at in range(0, ids.shape[1], chunk):
             seen = None if mask is None else mask[:, : at + chunk]
             positions = None if seen is None else (seen.cumsum(-1) - 1).clamp_min(0)[:, at : at + chunk]
-            model(ids[:, at : at + chunk], attention_mask=seen, position_ids=positions, past_key_values=cache)
+            model(ids[:, at : at + chunk], attention_mask=seen, position_ids=positions, **{CACHE_NAME: cache})
     return model, cache
 
 
@@ -85,11 +86,11 @@ def test_crop_is_exact_with_dense_pages(name, cut):
     cache.crop(-cut)
     with torch.no_grad():
         if cut < 60:
-            model(ids[:, : 60 - cut], past_key_values=reference)
+            model(ids[:, : 60 - cut], **{CACHE_NAME: reference})
         assert cache.get_seq_length() == 60 - cut
         for at in range(0, 30, 3):
             new = more[:, at : at + 3]
-            ours, theirs = (model(new, past_key_values=c).logits for c in (cache, reference))
+            ours, theirs = (model(new, **{CACHE_NAME: c}).logits for c in (cache, reference))
             reference.crop(0)
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -102,7 +103,7 @@ def test_codes_outlive_a_crop(cut):
     ids = prompt(1, 60)[0]
     cache.crop(-cut)
     with torch.no_grad():
-        model(ids[:, 60 - cut :], past_key_values=cache)
+        model(ids[:, 60 - cut :], **{CACHE_NAME: cache})
     assert torch.equal(page_bytes(cache, 0, 0), before)
 
 
@@ -122,7 +123,7 @@ def test_batch_edits_select_whole_rows(options):
     rows = torch.cat([mask[[2, 2, 0, 0]], torch.ones(4, 1, dtype=mask.dtype)], 1)
     with torch.no_grad():
         outputs = [
-            model(ids[:1, :1].expand(4, 1), attention_mask=rows, past_key_values=c).logits for c in (cache, twin)
+            model(ids[:1, :1].expand(4, 1), attention_mask=rows, **{CACHE_NAME: c}).logits for c in (cache, twin)
         ]
     assert torch.equal(*outputs)
     assert cache.get_seq_length() == twin.get_seq_length() == 61
@@ -144,7 +145,7 @@ def test_step_never_builds_dense_pages(monkeypatch):
     monkeypatch.setattr(QuantizedPageCodec, "coordinates", poisoned)
     with torch.no_grad():
         for steps in (1, 1, 5, 16, 1):
-            model(prompt(1, steps)[0], past_key_values=cache)
+            model(prompt(1, steps)[0], **{CACHE_NAME: cache})
     with pytest.raises(AssertionError, match="decoded"):
         cache.layers[0].keys  # noqa: B018
 
@@ -276,10 +277,10 @@ def test_keys_with_huge_bias_survive():
     errors = {}
     with torch.no_grad():
         dense = DynamicCache(config=model.config)
-        model(ids, past_key_values=dense)
+        model(ids, **{CACHE_NAME: dense})
         for center in (True, False):
             cache = SeqKVCache(config=model.config, center_keys=center, **SMALL)
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE_NAME: cache})
             layer, keys = cache.layers[0], dense.layers[0].keys
             plain = tiny("qwen2").model.layers[0].self_attn.k_proj(model.model.layers[0].input_layernorm(
                 model.model.embed_tokens(ids)))  # fmt: skip

@@ -12,6 +12,7 @@ from hf_seqkv.calibration.overlap import TENSOR as SHINGLES
 from hf_seqkv.calibration.overlap import overlap, shingles
 from hf_seqkv.errors import CalibrationMismatchError, ConfigError, SeqKVWarning, UnsupportedModelError
 from hf_seqkv.eval.card import render_card
+from hf_seqkv.integration.compat import CACHE_NAME
 
 
 class Words:
@@ -50,15 +51,15 @@ def test_calibrated_keys_are_closer_than_data_free(name):
     dense = DynamicCache(config=model.config)
     errors = []
     with torch.no_grad():
-        model(ids[:, :200], past_key_values=dense)
+        model(ids[:, :200], **{CACHE_NAME: dense})
         for options in ({"calibration": calibration}, {}):
             cache = SeqKVCache(config=model.config, **SMALL, **options)
-            model(ids[:, :200], past_key_values=cache)
+            model(ids[:, :200], **{CACHE_NAME: cache})
             ours, theirs = cache.layers[0], dense.layers[0]
             tail = min(ours.keys.shape[2], theirs.keys.shape[2])
             pairs = [(getattr(x, part)[:, :, -tail:] for x in (ours, theirs)) for part in ("keys", "values")]
             errors.append(sum(((a - b).norm() / b.norm()).item() for a, b in pairs))
-            model(ids[:, 200:201], past_key_values=cache)  # a fused step reads mixed widths
+            model(ids[:, 200:201], **{CACHE_NAME: cache})  # a fused step reads mixed widths
     assert errors[0] < errors[1]
 
 
@@ -116,7 +117,7 @@ def test_quarters_of_a_bit():
             assert (tensor.sum(-1, dtype=torch.int64) == bits * tensor.shape[-1]).all()
     cache = SeqKVCache(config=tiny("llama").config, calibration=made, page_size=64, residual_length=8)
     with torch.no_grad():
-        tiny("llama")(prompt(1, 100)[0], past_key_values=cache)
+        tiny("llama")(prompt(1, 100)[0], **{CACHE_NAME: cache})
     assert cache.memory()["codes"] == 3 * 64 * 2 * 16 * 8 // 8  # layers, tokens, heads, dim; 4.25 + 3.75 bits
 
 
@@ -192,7 +193,7 @@ def test_held_tokens_are_the_calibrations_share(complete):
     """About as many as were asked for, of other tokens, on the first layer; none where none were asked for."""
     cache = SeqKVCache(config=tiny("llama").config, calibration=complete, **SMALL)
     with torch.no_grad():
-        tiny("llama")(prompt(4, 500)[0], past_key_values=cache)
+        tiny("llama")(prompt(4, 500)[0], **{CACHE_NAME: cache})
     paged = 8 * sum(cache.layers[0].counts)
     assert 0 < sum(cache.layers[0].held.counts) < 0.1 * paged
     assert complete.config["held"] == 0.01

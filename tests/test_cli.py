@@ -16,6 +16,7 @@ import hf_seqkv
 from hf_seqkv.cli import main
 from hf_seqkv.errors import FormatError, SeqKVError, SeqKVWarning
 from hf_seqkv.eval import smollm2
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.default_cache import use_by_default
 
 SCRIPT = """
@@ -143,11 +144,11 @@ def test_default_leaves_other_choices(default_cache):
     model, ids = tiny_llama(), torch.randint(256, (1, 8))
     generate = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
     given = DynamicCache(config=model.config)
-    assert model.generate(ids, past_key_values=given, **generate).past_key_values is given
-    assert model.generate(ids, use_cache=False, **generate).past_key_values is None
-    assert type(model.generate(ids, cache_implementation="dynamic", **generate).past_key_values) is DynamicCache
+    assert model.generate(ids, **{CACHE_NAME: given}, **generate)[CACHE_NAME] is given
+    assert model.generate(ids, use_cache=False, **generate).get(CACHE_NAME) is None
+    assert type(model.generate(ids, cache_implementation="dynamic", **generate)[CACHE_NAME]) is DynamicCache
     hf_seqkv.uninstall()
-    assert type(model.generate(ids, **generate).past_key_values) is DynamicCache
+    assert type(model.generate(ids, **generate)[CACHE_NAME]) is DynamicCache
 
 
 def test_default_falls_back_once(default_cache):

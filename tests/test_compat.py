@@ -35,7 +35,7 @@ def test_installed_version_has_everything():
 
 @pytest.mark.parametrize(
     ("version", "age"),
-    [("5.20.2", "older"), ("4.57.6", "older"), ("5.21.0", ""), ("5.23.7", ""), ("5.24.0.dev0", "newer")],
+    [("5.20.2", "older"), ("4.57.6", "older"), ("5.21.0", ""), ("5.24.7", ""), ("5.25.0.dev0", "newer")],
 )
 def test_versions(version, age):
     assert compat.untested(version) == age
@@ -51,9 +51,9 @@ def test_untested_versions_are_told(monkeypatch, version, age):
 
 def test_missing_seams_are_named(monkeypatch):
     monkeypatch.delattr(generate.owner_of("_prefill"), "_prefill")
-    monkeypatch.setattr(DynamicLayer, "crop", lambda self, max_length: None)
-    monkeypatch.setitem(compat.SEAMS, "generation.elsewhere", {"thing": ()})
-    expected = r"_prefill, DynamicLayer\.crop\(tokens_to_remove=\), transformers\.generation\.elsewhere.* pip install"
+    monkeypatch.setattr(DynamicLayer, "crop", lambda self, max_length: None)  # as up to 5.14
+    monkeypatch.setitem(sys.modules, "transformers.modeling_outputs", None)
+    expected = r"_prefill, transformers\.modeling_outputs, DynamicLayer\.crop\(tokens_to_remove=\), which.* pip install"
     with pytest.raises(UnsupportedVersionError, match=expected):
         compat.check.__wrapped__()
 

@@ -8,6 +8,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 import hf_seqkv
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import SeqKVWarning, UnsupportedOperationError
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.default_cache import use_by_default
 
 SMALL = {"continuous_batching_config": ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=64)}
@@ -41,7 +42,7 @@ def test_without_seqkv_it_is_left_alone():
         {"generation_config": settings(cache_implementation="seqkv")},
         {"cache_implementation": "seqkv"},
         {"cache_implementation": "seqkv", "cache_config": LOSSLESS},
-        {"past_key_values": SeqKVCache(config=tiny("llama").config)},
+        {CACHE_NAME: SeqKVCache(config=tiny("llama").config)},
     ],
     ids=["config", "keyword", "options", "cache"],
 )

@@ -11,6 +11,7 @@ from test_held import by_content, holding
 
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import UnsupportedOperationError
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.model_facts import model_fingerprint, weights_fingerprint
 
 REFERENCE = SMALL | {"backend": "reference"}
@@ -27,7 +28,7 @@ def generated(model, options, pads=(0, 5), past=None, **more):
     device = "cuda:0" if isinstance(next(model.parameters()), Pretended) else "cpu"
     cache = past or SeqKVCache(config=model.config, **options)
     more = {"max_new_tokens": 9, "do_sample": False} | more
-    out = model.generate(ids.to(device), attention_mask=mask.to(device), past_key_values=cache, **more)
+    out = model.generate(ids.to(device), attention_mask=mask.to(device), **{CACHE_NAME: cache}, **more)
     return out.cpu(), cache
 
 
@@ -67,10 +68,10 @@ def test_held_tokens_on_two_devices():
         found = []
         for model, device in ((tiny("llama"), "cpu"), (spread(tiny("llama")), "cuda:0")):
             cache = SeqKVCache(config=model.config, **options)
-            model(ids[:, :180].to(device), past_key_values=cache)
-            step = model(ids[:, 180:182].to(device), past_key_values=cache).logits
+            model(ids[:, :180].to(device), **{CACHE_NAME: cache})
+            step = model(ids[:, 180:182].to(device), **{CACHE_NAME: cache}).logits
             cache.crop(-60)
-            found.append([step.cpu(), model(ids[:, 122:].to(device), past_key_values=cache).logits.cpu()])
+            found.append([step.cpu(), model(ids[:, 122:].to(device), **{CACHE_NAME: cache}).logits.cpu()])
             assert max(cache.layers[2].held.counts) > 9
         assert_at_home(cache)
     for ours, theirs in zip(*found, strict=True):
@@ -87,11 +88,11 @@ def test_sessions_move_between_one_device_and_two(name, tmp_path):
         assert_at_home(woken)
         assert_same_pages(woken, one)
         woken.save(tmp_path / "two")
-        model(torch.full((2, 1), 9).to("cuda:0"), past_key_values=woken)
+        model(torch.full((2, 1), 9).to("cuda:0"), **{CACHE_NAME: woken})
     again = SeqKVCache.load(tmp_path / "two", tiny(name))
     assert_same_pages(again, one)
     with torch.no_grad():
-        logits = [tiny(name)(torch.full((2, 1), 9), past_key_values=cache).logits for cache in (one, again)]
+        logits = [tiny(name)(torch.full((2, 1), 9), **{CACHE_NAME: cache}).logits for cache in (one, again)]
     assert torch.equal(*logits)
 
 
@@ -102,9 +103,9 @@ def test_token_ids_after_a_crop():
         model = spread(tiny("llama"))
         cache = SeqKVCache(config=model.config, **REFERENCE)
         cache.bind(model)
-        model(ids[:, :50].to("cuda:0"), past_key_values=cache)
+        model(ids[:, :50].to("cuda:0"), **{CACHE_NAME: cache})
         cache.crop(-10)
-        model(ids[:, 40:].to("cuda:0"), past_key_values=cache)
+        model(ids[:, 40:].to("cuda:0"), **{CACHE_NAME: cache})
         assert torch.equal(cache.ids, ids)
 
 
@@ -149,7 +150,7 @@ def test_offloaded_weights(name, kind, tmp_path):
     woken = SeqKVCache.load(tmp_path / "session", model)
     ids = torch.tensor([[5], [7]])
     with torch.no_grad():
-        assert torch.equal(model(ids, past_key_values=woken).logits, whole(ids, past_key_values=cache).logits)
+        assert torch.equal(model(ids, **{CACHE_NAME: woken}).logits, whole(ids, **{CACHE_NAME: cache}).logits)
 
 
 def test_a_calibration_meets_an_offloaded_model(tmp_path):

@@ -1,5 +1,6 @@
 """Every generation mode gives DynamicCache's tokens with lossless pages, on every kind of attention."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,6 +9,7 @@ from models import CONFIGS, LOSSLESS, SMALL, prompt, tiny
 from transformers import DynamicCache, pipeline
 
 from hf_seqkv import SeqKVCache
+from hf_seqkv.integration.compat import CACHE_NAME
 
 NEW = 40
 
@@ -78,7 +80,7 @@ def test_multi_turn(name):
     for cache in (DynamicCache(config=model.config), SeqKVCache(config=model.config, **LOSSLESS)):
         turn = ids
         for extra in (ids[:, :11], ids[:, 20:21], None):
-            turn = model.generate(turn, past_key_values=cache, max_new_tokens=12, do_sample=False)
+            turn = model.generate(turn, **{CACHE_NAME: cache}, max_new_tokens=12, do_sample=False)
             if extra is not None:
                 turn = torch.cat([turn, extra], 1)
         results.append(turn)
@@ -99,9 +101,9 @@ def test_eight_bits_stay_close(name, attention):
             SeqKVCache(config=model.config, key_bits=8, value_bits=8, **SMALL),
         ):
             with torch.no_grad():
-                model(ids[:, :40], past_key_values=cache)
+                model(ids[:, :40], **{CACHE_NAME: cache})
                 logits.append(
-                    torch.cat([model(ids[:, at : at + 5], past_key_values=cache).logits for at in range(40, 90, 5)], 1)
+                    torch.cat([model(ids[:, at : at + 5], **{CACHE_NAME: cache}).logits for at in range(40, 90, 5)], 1)
                 )
     finally:
         model.set_attn_implementation(before)
@@ -134,7 +136,22 @@ def test_default_options_without_cache_config():
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=4, cache_implementation="seqkv", return_dict_in_generate=True
     )
-    cache = out.past_key_values
+    cache = out[CACHE_NAME]
     assert type(cache) is SeqKVCache
     assert cache.seqkv_config.method == "turboquant"
     assert cache.layers[0].counts == [2]  # (203 - 4 - 32) // 64
+
+
+@pytest.mark.parametrize("call", ["generate", "model", "model without head"])
+def test_older_name_of_a_cache(call):
+    """`past_key_values` reaches the cache everywhere, with transformers' own warning where it prefers another."""
+    model, (ids, mask) = tiny("llama"), prompt()
+    run = {"generate": model.generate, "model": model, "model without head": model.model}[call]
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True} if call == "generate" else {}
+    told = pytest.warns(FutureWarning, match="past_key_values") if CACHE_NAME == "cache" else contextlib.nullcontext()
+    cache = SeqKVCache(config=model.config)
+    cache.bind(model)
+    with torch.no_grad(), told:
+        out = run(ids, attention_mask=mask, past_key_values=cache, **options)
+    assert out.past_key_values is cache
+    assert torch.equal(cache.ids, ids)

@@ -4,15 +4,16 @@ import torch
 from models import prompt, tiny
 
 from hf_seqkv import SeqKVCache
+from hf_seqkv.integration.compat import CACHE_NAME
 
 
 def pages_while(model, cache, ids, steps):
     """Address and capacity of layer 0's pages after each of `steps` single tokens behind a prefill of `ids`."""
     seen = []
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_NAME: cache})
         for _ in range(steps):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE_NAME: cache})
             seen.append((cache.layers[0].pages.data_ptr(), cache.layers[0].pages.shape[1], cache.layers[0].counts[0]))
     return seen
 
@@ -38,7 +39,7 @@ def test_an_expected_length_bounds_the_room():
 def test_generate_reserves_what_it_will_need():
     model, ids = tiny("llama"), prompt(1, 60)[0]
     cache = SeqKVCache(config=model.config, page_size=8, residual_length=8)
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    out = model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=40, min_new_tokens=40, do_sample=False)
     assert out.shape[1] == 100
     assert cache.expected_length == 100
     assert cache.memory()["slack"] <= cache.layers[0].codec.page_bytes * len(cache.layers)

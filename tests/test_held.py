@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from hf_seqkv import SeqKVCache, SeqKVCalibration
 from hf_seqkv.codec.importance import features
+from hf_seqkv.integration.compat import CACHE_NAME
 
 BACKENDS = {"reference": 1e-4, "cpu": 3e-2}  # of the largest logit
 FIRST, LAST = 20, 23  # positions that `by_position` holds
@@ -52,7 +53,7 @@ def feed(model, cache, ids, mask=None, chunk=None):
         for at in range(0, ids.shape[1], chunk):
             seen = None if mask is None else mask[:, : at + chunk]
             positions = None if seen is None else (seen.cumsum(-1) - 1).clamp_min(0)[:, at : at + chunk]
-            out = model(ids[:, at : at + chunk], attention_mask=seen, position_ids=positions, past_key_values=cache)
+            out = model(ids[:, at : at + chunk], attention_mask=seen, position_ids=positions, **{CACHE_NAME: cache})
     return out.logits
 
 
@@ -128,7 +129,7 @@ def test_attention_is_that_over_what_is_held(name, cut, backend):
         assert len({len(table(layer, row)[0]) for row in range(2)} | {0}) > 1
         dense.update(layer.keys, layer.values, index)
     with torch.no_grad():
-        ours, theirs = (model(new, position_ids=position, past_key_values=c).logits for c in (cache, dense))
+        ours, theirs = (model(new, position_ids=position, **{CACHE_NAME: c}).logits for c in (cache, dense))
     assert (ours - theirs).abs().max() <= BACKENDS[backend] * theirs.abs().max()
 
 
@@ -241,7 +242,7 @@ def test_generation_with_padding(name):
     def generate(row, **more):
         options = {"max_new_tokens": 30, "do_sample": False, "attention_mask": mask[row]}
         cache = SeqKVCache(config=model.config, calibration=holding(name, by_content), backend="reference", **SMALL)
-        out = model.generate(ids[row], past_key_values=cache, **options, **more)
+        out = model.generate(ids[row], **{CACHE_NAME: cache}, **options, **more)
         assert any(layer.held.table() for layer in cache.layers)
         return out[:, 60:]
 

@@ -14,6 +14,7 @@ import hf_seqkv
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import ConfigError, SeqKVWarning, UnsupportedModelError
 from hf_seqkv.integration import attention, handle
+from hf_seqkv.integration.compat import CACHE_NAME
 
 
 def python(code: str) -> str:
@@ -63,22 +64,22 @@ def test_uninstall_takes_everything_back():
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=2, cache_implementation="seqkv", return_dict_in_generate=True
     )
-    assert isinstance(out.past_key_values, SeqKVCache)
+    assert isinstance(out[CACHE_NAME], SeqKVCache)
 
 
 def test_others_are_left_alone():
     model, (ids, mask) = tiny("llama"), prompt()
     out = model.generate(ids, attention_mask=mask, max_new_tokens=2, return_dict_in_generate=True)
-    assert type(out.past_key_values) is DynamicCache
+    assert type(out[CACHE_NAME]) is DynamicCache
 
 
 def test_conflicts_and_wrong_models_are_said():
     model, (ids, mask) = tiny("llama"), prompt()
     options = {"attention_mask": mask, "max_new_tokens": 2, "cache_implementation": "seqkv"}
     with pytest.raises(ValueError, match="unsupported"):
-        model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+        model.generate(ids, **{CACHE_NAME: DynamicCache(config=model.config)}, **options)
     own = SeqKVCache(config=model.config, **LOSSLESS)
-    model.generate(ids, past_key_values=own, **{k: v for k, v in options.items() if k != "cache_implementation"})
+    model.generate(ids, **{CACHE_NAME: own}, **{k: v for k, v in options.items() if k != "cache_implementation"})
     assert own.get_seq_length() == 46
     with pytest.raises(ConfigError, match="must be a dict"):
         model.generate(ids, cache_config=["key_bits"], **options)
@@ -98,7 +99,7 @@ def test_direct_forward_attaches_the_model():
     hf_seqkv.install()
     cache = SeqKVCache(config=model.config, page_size=8, residual_length=8)
     with torch.no_grad():
-        model(prompt()[0], past_key_values=cache)
+        model(prompt()[0], **{CACHE_NAME: cache})
     table = cache.table(0)
     assert table.half == 8  # RoPE was captured
     assert cache.layers[0].mean.abs().sum() > 0
@@ -150,9 +151,9 @@ def test_attention_weights_are_not_silently_missing():
     attention._say_why.cache_clear()
     try:
         with torch.no_grad():
-            model(prompt()[0], past_key_values=cache)
+            model(prompt()[0], **{CACHE_NAME: cache})
             with pytest.warns(SeqKVWarning, match="output_attentions"):
-                out = model(prompt()[0][:, :1], past_key_values=cache, output_attentions=True)
+                out = model(prompt()[0][:, :1], **{CACHE_NAME: cache}, output_attentions=True)
     finally:
         model.set_attn_implementation(before)
     assert out.attentions[0].shape == (1, 4, 1, 46)

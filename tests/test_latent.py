@@ -12,6 +12,7 @@ import hf_seqkv
 from hf_seqkv import SeqKVCache, calibrate
 from hf_seqkv.errors import SeqKVWarning, UnsupportedModelError
 from hf_seqkv.integration import attention, latent
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.latent import Expanded
 from hf_seqkv.store.prefix_store import PrefixStore
 
@@ -61,9 +62,9 @@ def test_tokens_are_those_of_dynamic_cache(name, options, calls):
 def forced(model, cache, ids, first=30, step=3):
     """Logits of tokens from `first` on, some at a time."""
     with torch.no_grad():
-        model(ids[:, :first], past_key_values=cache)
+        model(ids[:, :first], **{CACHE_NAME: cache})
         parts = [
-            model(ids[:, at : at + step], past_key_values=cache).logits for at in range(first, ids.shape[1], step)
+            model(ids[:, at : at + step], **{CACHE_NAME: cache}).logits for at in range(first, ids.shape[1], step)
         ]
     return torch.cat(parts, 1)
 
@@ -92,8 +93,8 @@ def test_reading_codes_is_reading_what_they_stand_for(dtype, monkeypatch):
             monkeypatch.setattr(attention, "_say_why", lambda name, reason: None)
         cache = SeqKVCache(config=model.config, **SMALL)
         with torch.no_grad():
-            model(ids[:, :70], attention_mask=mask[:, :70], past_key_values=cache)
-            logits.append(model(ids[:, 70:], attention_mask=mask, past_key_values=cache).logits.float())
+            model(ids[:, :70], attention_mask=mask[:, :70], **{CACHE_NAME: cache})
+            logits.append(model(ids[:, 70:], attention_mask=mask, **{CACHE_NAME: cache}).logits.float())
     assert len({tuple(layer.counts) for layer in cache.layers}) == 1
     assert len(set(cache.layers[0].counts)) > 1
     difference = (logits[0] - logits[1]).norm() / logits[1].norm()
@@ -104,7 +105,7 @@ def test_the_latent_is_far_smaller_than_dense():
     model, (ids, _) = deepseek(), prompt(1, 500)
     cache = SeqKVCache(config=model.config, key_bits=4, residual_length=32)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_NAME: cache})
     assert cache.bits_per_value() < 6.2  # 32 latent components of 4 bits, 8 rotary ones of 8, two 8-bit scales, means
     parts = cache.memory()
     dense = 500 * 3 * 40 * 4
@@ -118,14 +119,14 @@ def test_sleeping_and_stored_prefixes(tmp_path):
         first = model.generate(ids, cache_config=SMALL | {"prefix_store": store}, **options)
         store.flush()
         again = model.generate(ids, cache_config=SMALL | {"prefix_store": store}, **options)
-    assert again.past_key_values.prefixes.loaded >= 40
-    for mine, theirs in zip(again.past_key_values.layers, first.past_key_values.layers, strict=True):
+    assert again[CACHE_NAME].prefixes.loaded >= 40
+    for mine, theirs in zip(again[CACHE_NAME].layers, first[CACHE_NAME].layers, strict=True):
         assert torch.equal(mine.pages[0, :5], theirs.pages[0, :5])
-    first.past_key_values.save(tmp_path / "session")
+    first[CACHE_NAME].save(tmp_path / "session")
     woken = SeqKVCache.load(tmp_path / "session", model)
     step = torch.tensor([[5]])
     with torch.no_grad():
-        logits = [model(step, past_key_values=cache).logits for cache in (first.past_key_values, woken)]
+        logits = [model(step, **{CACHE_NAME: cache}).logits for cache in (first[CACHE_NAME], woken)]
     assert torch.equal(*logits)
 
 

@@ -7,6 +7,7 @@ from test_prefix import generate, loaded
 
 from hf_seqkv.errors import SeqKVWarning
 from hf_seqkv.integration import learned_tables
+from hf_seqkv.integration.compat import CACHE_NAME
 
 CODES = {"page_size": 16, "residual_length": 8}
 
@@ -65,7 +66,7 @@ def test_pages_become_exact_once_there_are_tables(name, options, tmp_path, monke
                 max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
             )  # fmt: skip
             assert loaded(found) == 8
-            for a, b in zip(alone.past_key_values.layers, found.past_key_values.layers, strict=True):
+            for a, b in zip(alone[CACHE_NAME].layers, found[CACHE_NAME].layers, strict=True):
                 assert torch.equal(a.pages[:, :8], b.pages[:, :8])
 
 

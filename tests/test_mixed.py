@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import SeqKVWarning, UnsupportedModelError, UnsupportedOperationError
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.handle import Handle
 from hf_seqkv.integration.latent import Expanded
 from hf_seqkv.integration.mixed import HybridLayer, IndexedLayer
@@ -54,7 +55,7 @@ def test_tokens_are_those_of_dynamic_cache(name, options, monkeypatch):
         ids, cache_implementation="seqkv", cache_config=LOSSLESS, return_dict_in_generate=True, **new
     )
     assert torch.equal(plain, ours.sequences)
-    assert {type(layer) for layer in ours.past_key_values.layers} == {KINDS[name]}
+    assert {type(layer) for layer in ours[CACHE_NAME].layers} == {KINDS[name]}
     assert len(fused) >= 3 * 39
 
 
@@ -66,9 +67,9 @@ def test_edited_as_a_whole(name):
     for cache in (DynamicCache(config=model.config), SeqKVCache(config=model.config, **LOSSLESS)):
         for _ in range(2):
             with torch.no_grad():
-                model(ids[:, :45], past_key_values=cache)
+                model(ids[:, :45], **{CACHE_NAME: cache})
                 cache.reorder_cache(order)
-                step = model(ids[order, 45:46], past_key_values=cache).logits
+                step = model(ids[order, 45:46], **{CACHE_NAME: cache}).logits
             cache.reset()
         logits.append(step)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
@@ -87,7 +88,7 @@ def test_other_states_are_counted(name):
     model, (ids, _) = model_of(name), prompt(1, 60)
     cache = SeqKVCache(config=model.config, **SMALL)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_NAME: cache})
     layer = cache.layers[0]
     held = [layer.indexer_keys] if name == "deepseek_v32" else [layer.conv_states[0], layer.recurrent_states[0]]
     assert cache.memory()["uncompressed"] == 3 * sum(x.numel() * x.element_size() for x in held)
@@ -103,7 +104,7 @@ def test_nothing_is_stored_by_halves(name, tmp_path):
         SeqKVCache(config=model.config, prefix_store=tmp_path)
     cache = SeqKVCache(config=model.config, **SMALL)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_NAME: cache})
     with pytest.raises(UnsupportedOperationError, match="keep more than keys and values"):
         cache.save(tmp_path / "session")
 
@@ -113,7 +114,7 @@ def test_linear_attention_of_its_own_is_counted():
     with pytest.warns(SeqKVWarning, match="LinearAttentionLayer"):
         cache = SeqKVCache(config=model.config, **SMALL)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_NAME: cache})
     linear = cache.layers[0]
     states = linear.conv_states[0], linear.recurrent_states[0]
     assert cache.memory()["uncompressed"] == 3 * sum(x.numel() * x.element_size() for x in states)

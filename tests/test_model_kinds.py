@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_seqkv import SeqKVCache, calibrate
 from hf_seqkv.errors import CalibrationMismatchError, UnsupportedModelError
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.model_facts import model_facts
 
 OURS = {"cache_implementation": "seqkv", "cache_config": LOSSLESS}
@@ -80,7 +81,7 @@ def test_images(build):
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
     other = model.generate(**inputs | {"pixel_values": -inputs["pixel_values"]}, **NEW, **asked, **OURS)
     assert (torch.stack(other.logits)[0] - found[0]).abs().max() > 0.01  # the image is seen
-    coded = model.generate(**inputs, **NEW, **asked, **OURS | {"cache_config": SMALL}).past_key_values
+    coded = model.generate(**inputs, **NEW, **asked, **OURS | {"cache_config": SMALL})[CACHE_NAME]
     assert all(layer.mean.abs().sum() > 0 for layer in coded.layers)
     assert all(coded.table(index).half == 8 for index in range(len(coded.layers)))
     assert coded.ids is None  # what they leave in the cache is no function of them
@@ -107,14 +108,14 @@ def test_layers_of_several_shapes(tmp_path):
     text = " ".join(str(i * i % 131 + i % 7) for i in range(800))
     made = calibrate(model, numbers, [text], tokens=512, window=128, sequence=False, progress=False)
     ids, ours = prompt(1, 60)[0], {"cache_implementation": "seqkv", "return_dict_in_generate": True}
-    coded = model.generate(ids, **NEW, **ours, cache_config=SMALL | {"calibration": made}).past_key_values
+    coded = model.generate(ids, **NEW, **ours, cache_config=SMALL | {"calibration": made})[CACHE_NAME]
     assert [layer.codec.key_dim for layer in coded.layers] == [16, 16, 32]
     plain = model.generate(ids, **NEW)
     for loaded in (False, True):
         out = model.generate(ids, **NEW, **ours, cache_config=LOSSLESS | {"prefix_store": str(tmp_path)})
         assert torch.equal(out.sequences, plain)
-        assert (out.past_key_values.prefixes.plan.load > 0) == loaded
-        out.past_key_values.prefixes.store.flush()
+        assert (out[CACHE_NAME].prefixes.plan.load > 0) == loaded
+        out[CACHE_NAME].prefixes.store.flush()
     with pytest.raises(CalibrationMismatchError, match=r"head_dim: calibration \[16, 16, 32\], model 16"):
         SeqKVCache(config=CONFIGS["gemma3"](), calibration=made, **SMALL)
 

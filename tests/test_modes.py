@@ -9,9 +9,10 @@ from models import CONFIGS, LOSSLESS, SMALL, VOCABULARY, prompt, tiny
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from hf_seqkv import SeqKVCache, calibrate
-from hf_seqkv.errors import CalibrationMismatchError, SeqKVWarning, UnsupportedOperationError
+from hf_seqkv import SeqKVCache
+from hf_seqkv.errors import SeqKVWarning, UnsupportedOperationError
 from hf_seqkv.integration import attention
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.layer import SeqKVLayer
 
 OURS = {"cache_implementation": "seqkv", "cache_config": LOSSLESS}
@@ -66,39 +67,20 @@ def test_rejected_candidates_are_cut_out_of_pages(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
-def test_main_and_draft_with_settings_of_their_own(name):
-    """The cache that is passed is the main model's; the draft gets one from the options."""
+def test_draft_keeps_its_own_cache(name):
+    """Whether the main model's is passed, with or without options, or asked for by name."""
     model, (ids, _) = tiny(name), prompt()
-    draft = draft_of(model)
+    draft, kinds = draft_of(model), set()
+    draft.register_forward_pre_hook(lambda module, _, given: kinds.add(type(given[CACHE_NAME])), with_kwargs=True)
     plain = model.generate(ids, assistant_model=draft, **NEW)
     cache = SeqKVCache(config=model.config, **LOSSLESS)
     options = {"cache_implementation": "seqkv", "cache_config": {**SMALL, "key_bits": 8, "value_bits": 8}}
-    assert torch.equal(plain, model.generate(ids, assistant_model=draft, past_key_values=cache, **NEW, **options))
+    assert torch.equal(plain, model.generate(ids, assistant_model=draft, **{CACHE_NAME: cache}, **NEW, **options))
     assert cache.get_seq_length() == plain.shape[1] - 1
     again = SeqKVCache(config=model.config, **LOSSLESS)
-    assert torch.equal(plain, model.generate(ids, assistant_model=draft, past_key_values=again, **NEW))
-
-
-def test_calibration_is_the_main_models():
-    """Options go to both caches; a draft that the calibration does not fit is coded without it, and that is said."""
-
-    def numbers(text, **options):
-        return {"input_ids": [int(word) % 128 + 3 for word in text.split()]}
-
-    numbers.bos_token_id = 1
-    model, (ids, _) = tiny("llama"), prompt()
-    text = " ".join(str(i * i % 131 + i % 7) for i in range(1500))
-    made = calibrate(model, numbers, [text], tokens=1024, window=128, sequence=False, progress=False)
-    draft = AutoModelForCausalLM.from_config(CONFIGS["mistral-window"]()).eval()
-    options = {"cache_implementation": "seqkv", "cache_config": {"calibration": made, **SMALL}}
-    alone = model.generate(ids, **NEW, **options)
-    with pytest.warns(SeqKVWarning, match="main model's; the cache of its draft, MistralForCausalLM") as told:
-        assisted = model.generate(ids, assistant_model=draft, **NEW, **options)
-    assert len(told) == 1
-    assert torch.equal(assisted[:, :60], alone[:, :60])  # lossy: pages of another step may tip a score later
-    model.generate(ids, assistant_model=draft, **NEW, **options)  # a second warning would be an error
-    with pytest.raises(CalibrationMismatchError):
-        draft.generate(ids, **NEW, **options)
+    assert torch.equal(plain, model.generate(ids, assistant_model=draft, **{CACHE_NAME: again}, **NEW))
+    assert torch.equal(plain, model.generate(ids, assistant_model=draft, **NEW, **OURS))
+    assert kinds == {DynamicCache}
 
 
 def test_draft_with_another_tokenizer():
@@ -132,7 +114,7 @@ def test_edited_in_mid_sequence_equals_fresh(name, options):
         seen = mask[which, :end]
         at = (seen.cumsum(-1) - 1).clamp_min(0)[:, begin:]
         with torch.no_grad():
-            return model(ids[which, begin:end], attention_mask=seen, position_ids=at, past_key_values=cache).logits
+            return model(ids[which, begin:end], attention_mask=seen, position_ids=at, **{CACHE_NAME: cache}).logits
 
     edited, fresh = (SeqKVCache(config=model.config, **options) for _ in range(2))
     for cache, which in ((edited, [0, 1, 2]), (fresh, rows)):
@@ -153,14 +135,14 @@ def test_custom_loop_that_copies_selects_and_repeats():
     """Contrastive search's use of a cache: candidates side by side, one of them kept."""
 
     def search(model, input_ids, generation_config, **kwargs):
-        cache, logits = kwargs["past_key_values"], None
+        cache, logits = kwargs[CACHE_NAME], None
         for _ in range(12):
             new = input_ids[:, cache.get_seq_length() :]
-            logits = model(new, past_key_values=cache).logits[:, -1]
+            logits = model(new, **{CACHE_NAME: cache}).logits[:, -1]
             candidates = logits.topk(3, -1).indices
             cache.batch_repeat_interleave(3)
             trial = copy.deepcopy(cache)
-            ahead = model(candidates.view(-1, 1), past_key_values=trial).logits[:, -1].amax(-1)
+            ahead = model(candidates.view(-1, 1), **{CACHE_NAME: trial}).logits[:, -1].amax(-1)
             best = ahead.argmax()
             cache.batch_select_indices(best[None])
             input_ids = torch.cat([input_ids, candidates.view(-1, 1)[best][None]], 1)
@@ -189,11 +171,11 @@ def test_streamer():
 def test_returned_cache_goes_on():
     model, (ids, _) = tiny("qwen3"), prompt()
     first = model.generate(ids, return_dict_in_generate=True, **NEW, **OURS)
-    assert type(first.past_key_values) is SeqKVCache
+    assert type(first[CACHE_NAME]) is SeqKVCache
     longer = torch.cat([first.sequences, ids[:, :9]], 1)
-    again = model.generate(longer, past_key_values=first.past_key_values, **NEW)
+    again = model.generate(longer, **{CACHE_NAME: first[CACHE_NAME]}, **NEW)
     assert torch.equal(again, model.generate(longer, **NEW))
-    assert first.past_key_values.get_seq_length() == again.shape[1] - 1
+    assert first[CACHE_NAME].get_seq_length() == again.shape[1] - 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -215,17 +197,17 @@ def test_positions_that_are_given(name):
     with torch.no_grad():
         logits = []
         for cache in (DynamicCache(config=model.config), SeqKVCache(config=model.config, **LOSSLESS)):
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            model(ids, attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache})
             grown = torch.cat([mask, mask[:, -3:]], 1)
             at = positions[:, -1:] + torch.tensor([[1, 2, 5]])  # with a gap
-            logits.append(model(ids[:, :3], attention_mask=grown, position_ids=at, past_key_values=cache).logits)
+            logits.append(model(ids[:, :3], attention_mask=grown, position_ids=at, **{CACHE_NAME: cache}).logits)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 def test_no_cache_is_no_cache():
     model, (ids, _) = tiny("llama"), prompt()
     out = model.generate(ids, use_cache=False, return_dict_in_generate=True, **NEW, **OURS)
-    assert out.past_key_values is None
+    assert out.get(CACHE_NAME) is None
     assert torch.equal(out.sequences, model.generate(ids, **NEW))
 
 
@@ -272,12 +254,12 @@ def test_training_is_refused_or_untouched():
     ids = prompt()[0]
     for options in (LOSSLESS, SMALL):
         with pytest.raises(UnsupportedOperationError, match=r"no_grad.*use_cache=False"):
-            model(ids, past_key_values=SeqKVCache(config=model.config, **options), labels=ids)
+            model(ids, **{CACHE_NAME: SeqKVCache(config=model.config, **options)}, labels=ids)
     model(ids, use_cache=False, labels=ids).loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
     cache = SeqKVCache(config=model.config, **LOSSLESS)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_NAME: cache})
     assert cache.get_seq_length() == ids.shape[1]
 
 

@@ -14,6 +14,7 @@ from test_latent import deepseek
 from hf_seqkv import SeqKVCache, SeqKVConfig
 from hf_seqkv.errors import ConfigError, SeqKVWarning
 from hf_seqkv.integration import offload
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.state import state_of
 from hf_seqkv.store import bundle
 from hf_seqkv.store.prefix_store import PrefixStore
@@ -31,7 +32,7 @@ def model_of(name):
     cache = SeqKVCache(config=deepseek(name).config, **REFERENCE)
     with torch.no_grad():
         for part in prompt(1, 60)[0].split(58, 1):
-            deepseek(name)(part, past_key_values=cache)
+            deepseek(name)(part, **{CACHE_NAME: cache})
     return deepseek(name)
 
 
@@ -40,7 +41,7 @@ def generated(model, options, pads=(0, 5), **more):
     ids, mask = prompt(len(pads), 46, pads)
     cache = SeqKVCache(config=model.config, **options)
     out = model.generate(
-        ids.to("cuda:0"), attention_mask=mask.to("cuda:0"), past_key_values=cache, return_dict_in_generate=True,
+        ids.to("cuda:0"), attention_mask=mask.to("cuda:0"), **{CACHE_NAME: cache}, return_dict_in_generate=True,
         output_logits=True, do_sample=False, **{"max_new_tokens": 12} | more,
     )  # fmt: skip
     return out, cache
@@ -107,7 +108,7 @@ def test_results_are_bit_identical(mode, devices):
 
 
 def logits(model, ids, *caches):
-    return [model(ids.to("cuda:0"), past_key_values=cache).logits.cpu() for cache in caches]
+    return [model(ids.to("cuda:0"), **{CACHE_NAME: cache}).logits.cpu() for cache in caches]
 
 
 @pytest.mark.parametrize("cut", [9, 41, 60])
@@ -239,7 +240,7 @@ def test_on_the_cpu_it_says_that_it_has_no_effect():
     model, ids = tiny("llama"), prompt(1, 60)[0]
     caches = [SeqKVCache(config=model.config, offload=on, **REFERENCE) for on in (True, False)]
     with torch.no_grad(), pytest.warns(SeqKVWarning, match="no effect.*CPU") as said:
-        found = [model(ids, past_key_values=cache).logits for cache in caches]
+        found = [model(ids, **{CACHE_NAME: cache}).logits for cache in caches]
     assert len(said) == 1
     assert torch.equal(*found)
     assert caches[0].memory() == caches[1].memory()

@@ -6,6 +6,7 @@ from kernel_cases import CASES, build
 from models import prompt, tiny
 
 from hf_seqkv import SeqKVCache
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.kernels import ops, reference
 
 NAMES = ["plain", "everything", "side table, page of 64, center"]
@@ -58,13 +59,13 @@ def test_a_compiled_step_breaks_at_the_caches_bookkeeping_only():
     plain, compiled = (SeqKVCache(config=model.config, page_size=8, residual_length=8) for _ in range(2))
     with torch.no_grad():
         for cache in (plain, compiled):
-            model(ids, past_key_values=cache)
-        seen = torch._dynamo.explain(lambda x: model(x, past_key_values=compiled).logits)(ids[:, :1])
-        model(ids[:, :1], past_key_values=plain)
+            model(ids, **{CACHE_NAME: cache})
+        seen = torch._dynamo.explain(lambda x: model(x, **{CACHE_NAME: compiled}).logits)(ids[:, :1])
+        model(ids[:, :1], **{CACHE_NAME: plain})
         targets = [str(node.target) for graph in seen.graphs for node in graph.graph.nodes]
         assert "hf_seqkv.attend_codes.default" in targets
         assert all("SeqKVLayer.update" in reason.reason for reason in seen.break_reasons)
-        step = torch.compile(lambda x, cache: model(x, past_key_values=cache).logits, backend="eager")
+        step = torch.compile(lambda x, cache: model(x, **{CACHE_NAME: cache}).logits, backend="eager")
         for at in range(12):
             x = ids[:, at : at + 1]
-            assert torch.equal(step(x, compiled), model(x, past_key_values=plain).logits)
+            assert torch.equal(step(x, compiled), model(x, **{CACHE_NAME: plain}).logits)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from models import prompt, tiny
 
 from hf_seqkv.eval.peers import PEERS, GroupCodec, Groups, PeerCache
+from hf_seqkv.integration.compat import CACHE_NAME
 
 ALONG = ("tokens", "components")
 
@@ -119,7 +120,7 @@ def test_cache(peer):
     dense, cache = DynamicCache(config=model.config), PeerCache(model.config, peer, page_size=32, residual_length=8)
     with torch.no_grad():
         for held in (dense, cache):
-            model(ids, past_key_values=held)
+            model(ids, **{CACHE_NAME: held})
     codec = cache.layers[0].codec
     assert isinstance(codec, GroupCodec)
     assert cache.layers[0].counts == [3]
@@ -139,10 +140,10 @@ def test_cache_crops_and_copies():
     model, ids = tiny("llama"), prompt(tokens=110)[0]
     cache = PeerCache(model.config, "kivi-4", page_size=32, residual_length=8)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_NAME: cache})
         other = copy.deepcopy(cache)
         cache.crop(-30)
-        out = [model(ids[:, 80:], past_key_values=x, logits_to_keep=1).logits for x in (cache, other)]
+        out = [model(ids[:, 80:], **{CACHE_NAME: x}, logits_to_keep=1).logits for x in (cache, other)]
     assert cache.get_seq_length() == 110
     assert cache.layers[0].counts == [3]
     assert other.get_seq_length() == 140

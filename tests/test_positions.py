@@ -9,6 +9,7 @@ from models import LOSSLESS, SMALL, VOCABULARY, prompt
 from transformers import AutoModelForCausalLM, CohereConfig, DynamicCache, GlmConfig, LlamaConfig, PhiConfig
 
 from hf_seqkv import SeqKVCache
+from hf_seqkv.integration.compat import CACHE_NAME
 
 CHANGE = 64  # position from which on LongRoPE and dynamic NTK have other frequencies
 TOKENS = 120
@@ -66,8 +67,8 @@ def forced(model, cache) -> torch.Tensor:
     """Logits over a cache: 40 tokens, then steps of five across the change."""
     ids = prompt(2, TOKENS)[0]
     with torch.no_grad():
-        logits = [model(ids[:, :40], past_key_values=cache).logits]
-        logits += [model(part, past_key_values=cache).logits for part in ids[:, 40:].split(5, 1)]
+        logits = [model(ids[:, :40], **{CACHE_NAME: cache}).logits]
+        logits += [model(part, **{CACHE_NAME: cache}).logits for part in ids[:, 40:].split(5, 1)]
     return torch.cat(logits, 1)
 
 

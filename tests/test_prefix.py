@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import ConfigError, SeqKVWarning
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.store.prefix_store import PrefixStore
 
 PAGE, SINKS = SMALL["page_size"], 4
@@ -35,7 +36,7 @@ def generate(model, ids, mask, store, **options):
 
 def loaded(found) -> int:
     """Pages that a generation loaded."""
-    prefixes = found.past_key_values.prefixes
+    prefixes = found[CACHE_NAME].prefixes
     return prefixes.plan.load if prefixes.loaded else 0
 
 
@@ -86,11 +87,11 @@ def test_codes_are_those_that_were_stored(store):
     """Loaded pages are the bytes that the first prefill made, sinks and key means too."""
     model, (ids, mask) = tiny("qwen2"), prompt(1, 61)
     options = {"cache_config": {**SMALL, "key_bits": 4}, "max_new_tokens": 1}
-    first = generate(model, ids, mask, store, **options).past_key_values
+    first = generate(model, ids, mask, store, **options)[CACHE_NAME]
     again = generate(model, ids, mask, store, **options)
     count = loaded(again)
     assert count > 0
-    for a, b in zip(first.layers, again.past_key_values.layers, strict=True):
+    for a, b in zip(first.layers, again[CACHE_NAME].layers, strict=True):
         assert torch.equal(a.pages[:, :count], b.pages[:, :count])
         assert torch.equal(a.mean, b.mean)
         assert torch.equal(a.sink_k, b.sink_k)
@@ -165,7 +166,7 @@ def test_embeddings_are_not_stored(store):
     cache = SeqKVCache(config=model.config, prefix_store=store, **LOSSLESS)
     cache.bind(model)
     with torch.no_grad(), pytest.warns(SeqKVWarning, match="something else"):
-        model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+        model(inputs_embeds=model.get_input_embeddings()(ids), **{CACHE_NAME: cache})
     assert store.stat()["entries"] == 0
 
 
@@ -205,7 +206,7 @@ def test_other_inputs_are_not_stored(store):
     cache = SeqKVCache(config=model.config, prefix_store=store, **LOSSLESS)
     cache.bind(model)
     with torch.no_grad(), pytest.warns(SeqKVWarning, match="something else"):
-        model(input_ids=ids, past_key_values=cache, pixel_values=torch.zeros(1, 3, 2, 2))
+        model(input_ids=ids, **{CACHE_NAME: cache}, pixel_values=torch.zeros(1, 3, 2, 2))
     assert store.stat()["entries"] == 0
 
 
@@ -218,11 +219,11 @@ def test_sequence_pages(tmp_path):
     sizes = {}
     for form in ("hot", "sequence"):
         with PrefixStore(tmp_path / form, form=form) as store:
-            dense = generate(model, ids, mask, store, **options).past_key_values
+            dense = generate(model, ids, mask, store, **options)[CACHE_NAME]
             again = generate(model, ids, mask, store, **options)
             assert loaded(again) == 4
             sizes[form] = store.stat()["bytes"]
-            for a, b in zip(dense.layers, again.past_key_values.layers, strict=True):
+            for a, b in zip(dense.layers, again[CACHE_NAME].layers, strict=True):
                 for part in ("keys", "values"):
                     x, y = (getattr(layer, part)[:, :, : SINKS + 4 * 64] for layer in (a, b))
                     assert (x - y).norm() < (0.6 if form == "sequence" else 1e-6) * x.norm()
@@ -247,7 +248,7 @@ def test_a_url_will_do(tmp_path, monkeypatch):
                 ids, attention_mask=mask, cache_implementation="seqkv", cache_config=config, max_new_tokens=4,
                 return_dict_in_generate=True,
             )  # fmt: skip
-            prefixes = made.past_key_values.prefixes
+            prefixes = made[CACHE_NAME].prefixes
             prefixes.store.flush()
             assert (prefixes.loaded > 0) is bool(found)
 

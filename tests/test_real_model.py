@@ -13,6 +13,7 @@ from hf_seqkv.eval import passages, smollm2
 from hf_seqkv.eval.measure import Run, measure_in_process
 from hf_seqkv.eval.perplexity import compare, teacher_forced_logits
 from hf_seqkv.integration import records
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.sequence_cache import SequenceCache
 from hf_seqkv.kernels import cpu
 
@@ -99,7 +100,7 @@ def test_stored_prefixes_and_sessions(real, calibration, held_out, tmp_path):
         store = PrefixStore(tmp_path / form, form=form)
         for _ in range(2):
             cache = SeqKVCache(config=model.config, calibration=calibration, prefix_store=store)
-            out = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+            out = model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=9, do_sample=False)
             store.flush()
         assert cache.prefixes.loaded >= CONTEXT - 64
         found = [records.read(store.get(entry.key, 1 << 30).payload) for entry in store.entries()]
@@ -110,7 +111,7 @@ def test_stored_prefixes_and_sessions(real, calibration, held_out, tmp_path):
     cache.save(tmp_path / "session")
     woken = SeqKVCache.load(tmp_path / "session", model, calibration)
     assert torch.equal(
-        *(model.generate(out, past_key_values=x, max_new_tokens=64, do_sample=False) for x in (cache, woken))
+        *(model.generate(out, **{CACHE_NAME: x}, max_new_tokens=64, do_sample=False) for x in (cache, woken))
     )
 
 
@@ -134,11 +135,11 @@ def test_step_at_4096_tokens_is_no_slower_than_dynamic_cache(real):
     times = [[], []]
     with torch.no_grad():
         for cache in caches:
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, **{CACHE_NAME: cache}, logits_to_keep=1)
         for _ in range(41):
             for cache, taken in zip(caches, times, strict=True):
                 start = time.perf_counter()
-                model(ids[:, :1], past_key_values=cache)
+                model(ids[:, :1], **{CACHE_NAME: cache})
                 taken.append(time.perf_counter() - start)
     dense, ours = (statistics.median(taken[3:]) for taken in times)
     assert ours <= dense

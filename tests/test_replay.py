@@ -16,6 +16,7 @@ from hf_seqkv import SeqKVCache
 from hf_seqkv.codec.token_coder import encode, frequencies
 from hf_seqkv.errors import ConfigError, FormatError, NonFiniteError, SeqKVWarning
 from hf_seqkv.eval import passages, smollm2
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.replay import MODEL, MODEL_HEADER_BYTES, STATIC, pack, restore, unpack
 
 HEADER = struct.Struct("<4sHHIII")
@@ -64,7 +65,7 @@ def test_generation_goes_on_alike(name, with_model):
     assert cache.get_seq_length() == len(tokens) - 1
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones(1, len(tokens)).long()}
     expected = model.generate(tokens[None], **options)
-    assert torch.equal(model.generate(back[None], past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(back[None], **{CACHE_NAME: cache}, **options), expected)
 
 
 @pytest.mark.parametrize("with_model", [False, True], ids=["static", "model"])
@@ -80,8 +81,8 @@ def test_restores_into_a_given_cache(with_model):
         assert found is cache
         assert torch.equal(back, tokens)
         with torch.no_grad():
-            model(tokens[None, :-1], past_key_values=expected)
-            ours, theirs = (model(tokens[None, -1:], past_key_values=c).logits for c in (cache, expected))
+            model(tokens[None, :-1], **{CACHE_NAME: expected})
+            ours, theirs = (model(tokens[None, -1:], **{CACHE_NAME: c}).logits for c in (cache, expected))
         torch.testing.assert_close(ours, theirs)
     with pytest.raises(ConfigError, match="already holds 45 tokens"):
         restore(pack(tokens), model, caches[0])
@@ -101,7 +102,7 @@ def test_a_token_takes_what_the_model_is_surprised_by():
     cache, bits = DynamicCache(config=model.config), math.log2(131)
     with torch.no_grad():
         for token, following in itertools.pairwise(tokens):
-            logits = model(token.view(1, 1), past_key_values=cache).logits[0, -1]
+            logits = model(token.view(1, 1), **{CACHE_NAME: cache}).logits[0, -1]
             bits -= logits.log_softmax(-1)[following].item() / math.log(2)
     stream = 8 * (len(pack(tokens, model, verify=False)) - MODEL_HEADER_BYTES)
     assert bits - 1 < stream < bits + 64

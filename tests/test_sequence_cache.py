@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_seqkv.codec.center import rotate
 from hf_seqkv.errors import CalibrationMismatchError, ConfigError, UnsupportedOperationError
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.sequence_cache import SequenceCache
 from hf_seqkv.integration.tap import embed
 
@@ -33,7 +34,7 @@ def filled(name="llama", ids=None, mask=None, chunk=None, **options):
             end = at + (chunk or TOKENS)
             seen = None if mask is None else mask[:, :end]
             positions = None if seen is None else (seen.cumsum(-1) - 1).clamp_min(0)[:, at:]
-            model(ids[:, at:end], attention_mask=seen, position_ids=positions, past_key_values=cache)
+            model(ids[:, at:end], attention_mask=seen, position_ids=positions, **{CACHE_NAME: cache})
     return model, cache
 
 
@@ -75,7 +76,7 @@ def error(cache, dense, row=0):
 def dense_of(model, ids, **inputs):
     cache = DynamicCache()
     with torch.no_grad():
-        model(ids, past_key_values=cache, **inputs)
+        model(ids, **{CACHE_NAME: cache}, **inputs)
     return cache
 
 
@@ -146,7 +147,7 @@ def test_hot_pages_hold_what_was_decoded():
 def test_generate():
     model, ids = tiny("llama"), prompt(1, TOKENS)[0]
     cache = SequenceCache(model.config, calibration())
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=70, do_sample=False)
+    out = model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=70, do_sample=False)
     assert out.shape[1] == TOKENS + 70
     assert len(cache.stored) == 5
     assert_holds(model, cache, cache.stored, out[0])
@@ -158,7 +159,7 @@ def test_a_crop_and_other_tokens():
     cache.crop(-200)  # into the second page
     other = torch.cat([ids[:, :100], ids[:, :200]], 1)
     with torch.no_grad():
-        model(other[:, 100:], past_key_values=cache)
+        model(other[:, 100:], **{CACHE_NAME: cache})
     kept, new = cache.stored[:1], cache.stored[5:]  # the second page is made anew, of tokens as they were decoded
     assert len(cache.stored) == 4 + 3
     assert_holds(model, cache, kept, other[0])
@@ -174,7 +175,7 @@ def test_rows_that_are_reordered_take_their_ids_along():
     cache.reorder_cache(torch.tensor([1, 1]))
     before = len(cache.stored)
     with torch.no_grad():
-        model(ids[:, :60], past_key_values=cache)
+        model(ids[:, :60], **{CACHE_NAME: cache})
     fresh = cache.stored[before:]
     assert len(fresh) == 2
     assert fresh[0] != fresh[1]
@@ -189,7 +190,7 @@ def test_a_reset_starts_anew():
     cache.reset()
     assert cache.stored == []
     with torch.no_grad():
-        model(prompt(1, TOKENS)[0], past_key_values=cache)
+        model(prompt(1, TOKENS)[0], **{CACHE_NAME: cache})
     assert cache.stored == stored
 
 
@@ -201,12 +202,12 @@ def test_a_failed_forward_leaves_nothing_after_a_reset():
 
     handle = model.model.layers[1].register_forward_pre_hook(fail)
     with torch.no_grad(), pytest.raises(RuntimeError, match="stop here"):
-        model(prompt(2, TOKENS)[0][1:], past_key_values=cache)
+        model(prompt(2, TOKENS)[0][1:], **{CACHE_NAME: cache})
     handle.remove()
     cache.reset()
     assert not cache.coder._encoders
     with torch.no_grad():
-        model(prompt(1, TOKENS)[0], past_key_values=cache)
+        model(prompt(1, TOKENS)[0], **{CACHE_NAME: cache})
     expected = filled()[1]
     assert cache.stored == expected.stored
     assert cache.stored_bits_per_value() == expected.stored_bits_per_value()
@@ -225,20 +226,20 @@ def test_ids_are_seen_from_the_first_forward_on(name, how):
     """However the cache is passed; hooks are put on a model within its first call."""
     model, ids = unmet(name), prompt(1, TOKENS)[0]
     cache = SequenceCache(model.config, calibration(name))
-    before = list(inspect.signature(model.forward).parameters).index("past_key_values") - 1
+    before = list(inspect.signature(model.forward).parameters).index(CACHE_NAME) - 1
     for part in ids.split(200, 1):
         with torch.no_grad():
             if how == "by position":
                 model(part, *[None] * before, cache)
             else:
-                model(part, past_key_values=cache)
+                model(part, **{CACHE_NAME: cache})
     assert cache.stored == filled(name, chunk=200)[1].stored
 
 
 def test_a_model_without_head_by_position():
     """Its own first call is the one that its hook cannot see: `bind` comes first."""
     model, ids = unmet("llama").model, prompt(1, TOKENS)[0]
-    before = list(inspect.signature(model.forward).parameters).index("past_key_values") - 1
+    before = list(inspect.signature(model.forward).parameters).index(CACHE_NAME) - 1
     with torch.no_grad(), pytest.raises(UnsupportedOperationError, match=r"did not see.*bind\(model\)"):
         model(ids, *[None] * before, SequenceCache(model.config, calibration()))
     cache, model = SequenceCache(model.config, calibration()), unmet("llama").model
@@ -253,9 +254,9 @@ def test_embeddings_are_refused_by_name():
     embeddings = model.get_input_embeddings()(prompt(1, TOKENS)[0])
     with torch.no_grad():
         with pytest.raises(UnsupportedOperationError, match=r"token ids.*input_ids"):
-            model(inputs_embeds=embeddings, past_key_values=SequenceCache(model.config, calibration()))
+            model(inputs_embeds=embeddings, **{CACHE_NAME: SequenceCache(model.config, calibration())})
         light = SequenceCache(model.config, calibration(), profile="light")  # needs none
-        model(inputs_embeds=embeddings, past_key_values=light)
+        model(inputs_embeds=embeddings, **{CACHE_NAME: light})
     assert light.stored == filled(profile="light")[1].stored
 
 

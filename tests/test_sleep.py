@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import CalibrationMismatchError, FormatError, UnsupportedOperationError
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.state import state_of
 
 
@@ -17,14 +18,14 @@ def session(name, mask, ids, **options):
     """A cache after a prefill and a few steps, and the tokens so far."""
     model = tiny(name)
     cache = SeqKVCache(config=model.config, **options)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, max_new_tokens=9, do_sample=False)
     return model, cache, out
 
 
 def go_on(model, cache, ids, mask, tokens=64):
     """The next greedy tokens."""
     whole = torch.cat([mask, torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=mask.dtype)], 1)
-    out = model.generate(ids, attention_mask=whole, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+    out = model.generate(ids, attention_mask=whole, **{CACHE_NAME: cache}, max_new_tokens=tokens, do_sample=False)
     return out[:, ids.shape[1] :]
 
 

@@ -9,6 +9,7 @@ import torch
 from models import prompt, tiny
 from transformers import DynamicCache
 
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.tap import embed, run_window
 
 TOKENS, FIRST = 60, 40
@@ -37,7 +38,7 @@ def tapped(model, seed=0):
 def test_keys_and_values_are_the_models(name):
     model, cache = tiny(name), DynamicCache()
     with torch.no_grad():
-        model(ids()[None], past_key_values=cache)
+        model(ids()[None], **{CACHE_NAME: cache})
     for tap, layer in zip(tapped(model), cache.layers, strict=True):
         torch.testing.assert_close(tap.keys, layer.keys[0], atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(tap.values, layer.values[0], atol=1e-3, rtol=1e-3)
@@ -78,7 +79,7 @@ def test_plain_keys_without_rope():
 def sampled_loss(model, cache, seed=0, labels=None):
     """Summed loss of the second part, and its labels, drawn from the model's own predictions."""
     with torch.no_grad():
-        logits = model(ids()[None, FIRST:], past_key_values=copy.deepcopy(cache)).logits[0]
+        logits = model(ids()[None, FIRST:], **{CACHE_NAME: copy.deepcopy(cache)}).logits[0]
     if labels is None:
         generator = torch.Generator().manual_seed(seed)
         labels = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
@@ -99,7 +100,7 @@ def slope(model, cache, layer, name, direction, labels, size=1e-3):
 def test_gradients_are_slopes_of_the_loss(name):
     model, cache = double(name), DynamicCache()
     with torch.no_grad():
-        model(ids()[None, :FIRST], past_key_values=cache)
+        model(ids()[None, :FIRST], **{CACHE_NAME: cache})
     _, labels = sampled_loss(model, cache)
     for layer, tap in enumerate(tapped(model)):
         for side, part in enumerate(("keys", "values")):

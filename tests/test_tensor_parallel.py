@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_seqkv import SeqKVCache, SeqKVCalibration, calibrate
 from hf_seqkv.codec.importance import count, features, of_heads
 from hf_seqkv.errors import CalibrationMismatchError
+from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.store.prefix_store import PrefixStore
 
 pytestmark = pytest.mark.skipif(
@@ -64,7 +65,7 @@ def wanted(model, calibration, folder) -> dict:
     found |= {"data-free": ranks.told(data_free), "calibrated": ranks.told(calibrated)}
     found["codes of all heads"] = sum(layer.pages.numel() for layer in data_free.layers)
     with torch.no_grad():
-        found["step"] = model(prompt(1, 61)[0][:, -1:], past_key_values=calibrated).logits
+        found["step"] = model(prompt(1, 61)[0][:, -1:], **{CACHE_NAME: calibrated}).logits
     with PrefixStore(folder / "store of one process") as store:
         for rows in (1, 2):
             options = {"cache_implementation": "seqkv", "cache_config": {**LOSSLESS, "prefix_store": store}}

@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from ..config import SeqKVConfig
 from ..errors import ConfigError
 from ..integration.cache import SeqKVCache
+from ..integration.compat import CACHE_NAME
 from ..integration.layer import SeqKVLayer
 from . import passages
 from .bench_timing import spread, with_speedup
@@ -61,7 +62,7 @@ def make_cache(name: str, config, room: int, options: dict):
 def forward(model, ids: torch.Tensor, cache) -> float:
     """Seconds of one forward of `ids [1, T]` through a cache."""
     start = time.perf_counter()
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **{CACHE_NAME: cache}, logits_to_keep=1)
     return time.perf_counter() - start
 
 

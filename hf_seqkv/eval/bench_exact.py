@@ -18,6 +18,7 @@ from ..codec.page import QuantizedPageCodec
 from ..codec.surroundings import Surroundings
 from ..errors import ConfigError, SeqKVError
 from ..integration.cache import SeqKVCache
+from ..integration.compat import CACHE_NAME
 from ..integration.tap import embedding_rows
 from .bench_timing import interleaved, spread
 
@@ -109,7 +110,7 @@ def _run(model, ids: torch.Tensor, options: dict[str, Any]) -> tuple[list, list[
     """Codecs, pages and surroundings of a cache that has run a text."""
     cache = SeqKVCache(config=model.config, **options)
     with torch.no_grad():
-        model(ids[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(ids[None].to(model.device), **{CACHE_NAME: cache}, logits_to_keep=1)
     layers = cache._coded()
     codecs = [layer.codec for layer in layers]
     count = min(layer.counts[0] for layer in layers)

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from ..errors import ConfigError, SeqKVError
 from ..integration.cache import SeqKVCache
+from ..integration.compat import CACHE_NAME
 from ..store.prefix_store import PrefixStore
 from .bench_timing import interleaved, spread
 
@@ -122,7 +123,7 @@ class _AlwaysLoaded(PrefixStore):
 @torch.no_grad()
 def _predictions(model, ids: torch.Tensor, cache, last: int) -> torch.Tensor:
     """Log-probabilities after each of the last tokens of `ids [1, T]`, `[last, V]`."""
-    return model(ids, past_key_values=cache, logits_to_keep=last).logits[0].float().log_softmax(-1)
+    return model(ids, **{CACHE_NAME: cache}, logits_to_keep=last).logits[0].float().log_softmax(-1)
 
 
 def _loads(model, ids, options, store: PrefixStore, folder: Path) -> dict[str, Callable]:
@@ -158,7 +159,7 @@ def _first_token(model, ids: torch.Tensor, options: dict[str, Any] | None = None
         return_dict_in_generate=True,
         **chosen,
     )
-    return made.past_key_values
+    return made[CACHE_NAME]
 
 
 def table(result: dict) -> str:

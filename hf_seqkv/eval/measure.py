@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..config import SeqKVConfig
 from ..errors import ConfigError, SeqKVError
 from ..integration.cache import SeqKVCache
+from ..integration.compat import CACHE_NAME
 from . import passages, smollm2
 from .extras import require
 
@@ -99,7 +100,7 @@ def measure(run: Run, progress: bool = True) -> dict:
         "threads": torch.get_num_threads(),
         "tokens": new.tolist(),
         "text": tokenizer.decode(new, skip_special_tokens=True),
-        "cache": cache_facts(out.past_key_values),
+        "cache": cache_facts(out[CACHE_NAME]),
         "before_prefill_bytes": before,
         "after_bytes": _resident_bytes(),
         "peak_bytes": peak,

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm.auto import tqdm
 
+from ..integration.compat import CACHE_NAME
+
 STEP = 16  # tokens a forward after the context: the most a fused attention call takes
 BLOCK = 64  # tokens of a block, see `Quality`
 LEAST_BLOCKS = 8
@@ -110,7 +112,7 @@ def _spans(context: int, length: int) -> list[slice]:
 def _log_probabilities(model, ids: torch.Tensor, span: slice, cache) -> torch.Tensor:
     """Of the tokens that a forward is scored on, `[n, vocabulary]` fp32: one after the prefill, all after a step."""
     keep = {"logits_to_keep": 1} if span.start == 0 else {}
-    return model(ids[:, span], past_key_values=cache, **keep).logits[0].float().log_softmax(-1)
+    return model(ids[:, span], **{CACHE_NAME: cache}, **keep).logits[0].float().log_softmax(-1)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class SeqKVCache(capture.Listener, DynamicCache):
-    """Cache for `generate` or a forward: pass it as `past_key_values`.
+    """Cache for `generate` or a forward: pass it as `cache` (`past_key_values` before transformers 5.24).
 
     Upstream decides which layers there are; full and sliding attention layers become `SeqKVLayer`s, all others
     (linear attention, state spaces, ...) stay what they are.

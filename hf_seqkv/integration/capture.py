@@ -183,28 +183,33 @@ def _note(module: torch.nn.Module, cache: Listener, attention_mask, position_emb
     cache.note(module.layer_idx, Noted(attention_mask, cos, sin, layout))
 
 
+def _listener(args, kwargs) -> Listener | None:
+    """The cache that a module is called with, whatever the module calls it."""
+    return next((x for x in (*kwargs.values(), *args) if isinstance(x, Listener)), None)
+
+
 def _before_attention(module, args, kwargs):
-    for value in (*kwargs.values(), *args):
-        if isinstance(value, Listener):
-            _note(module, value, kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
-            return
+    cache = _listener(args, kwargs)
+    if cache is not None:
+        _note(module, cache, kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
 
 
 # Inputs of a model beside its ids of which what it caches is no function, or one that the cache itself tells.
-_PLAIN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
+_PLAIN = {"input_ids", "attention_mask", "position_ids", "cache_position"}
+_TOLD = (Listener, bool, int, float, str)
 
 
 def _before_model(names: tuple[str, ...], module, args, kwargs):
-    given = dict(zip(names, args, strict=False)) | kwargs
-    cache = given.get("past_key_values")
-    if isinstance(cache, Listener):
-        more = {name for name, x in given.items() if not (x is None or isinstance(x, (bool, int, float, str)))}
+    cache = _listener(args, kwargs)
+    if cache is not None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        more = {name for name, x in given.items() if not (x is None or isinstance(x, _TOLD))}
         cache.note_ids(given.get("input_ids") if more <= _PLAIN else None)
 
 
-def _after_model(names: tuple[str, ...], module, args, kwargs, output):
-    cache = (dict(zip(names, args, strict=False)) | kwargs).get("past_key_values")
-    if isinstance(cache, Listener):
+def _after_model(module, args, kwargs, output):
+    cache = _listener(args, kwargs)
+    if cache is not None:
         cache.after_forward(getattr(output, "last_hidden_state", None))
 
 
@@ -223,9 +228,8 @@ def attach(model: torch.nn.Module, cache) -> None:
         _forget_copies([*modules, model])
         handles = [m.register_forward_pre_hook(_before_attention, with_kwargs=True) for m in modules]
         names = tuple(inspect.signature(model.forward).parameters)
-        before, after = (functools.partial(hook, names) for hook in (_before_model, _after_model))
-        handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(model.register_forward_hook(after, with_kwargs=True))
+        handles.append(model.register_forward_pre_hook(functools.partial(_before_model, names), with_kwargs=True))
+        handles.append(model.register_forward_hook(_after_model, with_kwargs=True))
         _ATTACHED[model] = handles
 
 

@@ -1,9 +1,8 @@
 """Which transformers this works with, what it needs of it, and what it works around.
 
-Tested with 5.21 to 5.23. 5.24 calls caches `cache` where all others call them `past_key_values`. From 5.15 on every
-seam is there, but upstream fails: before 5.21 a chunked prefill runs the whole prompt again after a prefix that was
-loaded, before 5.18 its own sliding cache breaks in assisted decoding. 5.14 and older have another cache interface
-(`crop` to a length).
+Tested with 5.21 to 5.24. From 5.15 on every seam is there, but upstream fails: before 5.21 a chunked prefill runs the
+whole prompt again after a prefix that was loaded, before 5.18 its own sliding cache breaks in assisted decoding. 5.14
+and older have another cache interface (`crop` to a length).
 
 What the modules beside this one do only because transformers leaves no other way:
 
@@ -32,14 +31,19 @@ import inspect
 import warnings
 
 import transformers
+from transformers.generation import utils
 
 from ..errors import SeqKVWarning, UnsupportedVersionError
 
-LOWEST, NEWEST = "5.21", "5.23"  # minor versions the tests have passed with
+LOWEST, NEWEST = "5.21", "5.24"  # minor versions the tests have passed with
+# The keyword and the field of outputs that hold a cache: `cache`; `past_key_values` before 5.24, which takes both.
+CACHE_NAME = getattr(utils, "ALL_CACHE_NAMES", ["cache"])[0]
 # module: name, and the parameters of it that are used by name or place.
 SEAMS = {
     "generation.configuration_utils": {"ALL_CACHE_IMPLEMENTATIONS": ()},
     "generation.utils": {
+        "ALL_CACHE_NAMES": (),
+        "GenerationMixin.prepare_inputs_for_generation": (CACHE_NAME,),
         "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs"),
         "GenerationMixin._prefill": ("input_ids", "generation_config", "model_kwargs"),
         "GenerationMixin.init_continuous_batching": ("generation_config",),
@@ -50,7 +54,7 @@ SEAMS = {
         "AttentionInterface.register": ("key", "value"),
         "PreTrainedModel": (),
     },
-    "modeling_outputs": {"BaseModelOutputWithPast": ("past_key_values",)},
+    "modeling_outputs": {"BaseModelOutputWithPast": (CACHE_NAME,)},
     "cache_utils": {
         "DynamicCache": ("config",),
         "DynamicCache.update": ("key_states", "value_states", "layer_idx"),

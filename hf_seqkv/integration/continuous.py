@@ -29,7 +29,7 @@ def refuse(original):
         ignored = given.get("kwargs", {})  # `generate_batch` takes any keyword and reads one
         config = given.get("generation_config") or getattr(self, "generation_config", None)
         named = NAME in (getattr(config, "cache_implementation", None), ignored.get("cache_implementation"))
-        if named or hasattr(ignored.get("past_key_values"), "seqkv_config"):
+        if named or any(hasattr(x, "seqkv_config") for x in ignored.values()):
             raise UnsupportedOperationError(
                 "continuous batching (generate_batch) has a paged cache of its own, which cannot hold codes; use "
                 "generate() with cache_implementation='seqkv', or generate_batch() without it"

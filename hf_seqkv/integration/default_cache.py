@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 
+from transformers.generation.utils import ALL_CACHE_NAMES
+
 from ..config import SeqKVConfig
 from ..errors import SeqKVWarning, UnsupportedModelError
 from . import continuous
@@ -59,9 +61,8 @@ def _with_default(prepare, options):
 
 def _is_free(generation_config, model_kwargs) -> bool:
     """Whether the caller left the choice of a cache to `generate`."""
-    given = (model_kwargs.get(name) for name in ("past_key_values", "cache_params"))
     return (
         generation_config.cache_implementation is None
         and generation_config.use_cache is not False
-        and all(cache is None for cache in given)
+        and all(model_kwargs.get(name) is None for name in ALL_CACHE_NAMES)
     )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 
-from ..errors import CalibrationMismatchError, ConfigError, SeqKVWarning, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from . import capture, continuous
 from .attention import unwrap_attention, wrap_attention
 from .cache import SeqKVCache
+from .compat import CACHE_NAME
 from .continuous import NAME
 from .latent import unwrap_expansions
 
@@ -56,11 +56,13 @@ def uninstall() -> None:
 def _prepare(original):
     @functools.wraps(original)
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if isinstance(given, SeqKVCache):
             wrap_attention()
             given.expected_length = generation_config.max_length or 0
             given.bind(self)
+        if generation_config.is_assistant and generation_config.cache_implementation == NAME:
+            generation_config.cache_implementation = None  # a draft keeps its own cache: 5.24 has it so for all names
         if generation_config.cache_implementation != NAME:
             return original(self, generation_config, model_kwargs, *args, **kwargs)
         if given is not None and not isinstance(given, SeqKVCache):
@@ -80,7 +82,7 @@ def _prepare(original):
 
 
 def _swap(model, generation_config, model_kwargs) -> None:
-    built = model_kwargs.get("past_key_values")
+    built = model_kwargs.get(CACHE_NAME)
     if type(built) is not DynamicCache:
         kind = "no cache" if built is None else f"a {type(built).__name__}"
         raise UnsupportedModelError(
@@ -92,36 +94,17 @@ def _swap(model, generation_config, model_kwargs) -> None:
         options = getattr(generation_config, NAME, None) or {}
     if not isinstance(options, dict):
         raise ConfigError(f"cache_config must be a dict of SeqKVConfig fields, not a {type(options).__name__}")
-    config = model.config.get_text_config(decoder=True)
-    try:
-        cache = SeqKVCache(config=config, **options)
-    except CalibrationMismatchError:
-        if not generation_config.is_assistant:
-            raise
-        _say_of_draft(type(model).__name__)
-        data_free = {name: x for name, x in options.items() if name not in ("calibration", "method")}
-        cache = SeqKVCache(config=config, **data_free)
+    cache = SeqKVCache(config=model.config.get_text_config(decoder=True), **options)
     cache.expected_length = generation_config.max_length or 0
-    if generation_config.is_assistant:
-        cache.activate_past_recording()
     wrap_attention()  # another library may have registered its own since
     cache.bind(model)
-    model_kwargs["past_key_values"] = cache
-
-
-@functools.cache
-def _say_of_draft(name: str) -> None:
-    warnings.warn(
-        f"the calibration in cache_config is the main model's; the cache of its draft, {name}, is coded without one",
-        SeqKVWarning,
-        stacklevel=4,
-    )
+    model_kwargs[CACHE_NAME] = cache
 
 
 def _prefill(original):
     @functools.wraps(original)
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        prefixes = getattr(model_kwargs.get("past_key_values"), "prefixes", None)
+        prefixes = getattr(model_kwargs.get(CACHE_NAME), "prefixes", None)
         if prefixes is None:
             return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         if _ids_alone(generation_config, input_ids, model_kwargs):

@@ -37,6 +37,7 @@ from transformers import DynamicCache
 from ..codec.token_coder import IntervalReader, encode, frequencies
 from ..codec.token_contexts import MAX_WIDTH, decode_ids, encode_ids
 from ..errors import ConfigError, FormatError, SeqKVWarning
+from .compat import CACHE_NAME
 from .model_facts import weights_fingerprint
 from .placement import module_device
 
@@ -63,7 +64,7 @@ class _Steps:
     @torch.no_grad()
     def read(self, token: int) -> None:
         ids = torch.tensor([[token]], device=module_device(self._model))
-        self.lengths = frequencies(self._model(ids, past_key_values=self.cache).logits[0, -1])
+        self.lengths = frequencies(self._model(ids, **{CACHE_NAME: self.cache}).logits[0, -1])
 
 
 def pack(ids: torch.Tensor, model=None, verify: bool = True) -> bytes:
@@ -115,7 +116,7 @@ def unpack(data: bytes, model=None) -> torch.Tensor:
 def restore(data: bytes, model, cache=None) -> tuple[torch.Tensor, DynamicCache]:
     """Token ids `[T]` int64 of `pack`, and the cache of all of them but the last.
 
-    `model.generate(ids[None], past_key_values=cache)` goes on from there: it runs the last token itself.
+    `model.generate(ids[None], ...)` goes on from there if it is passed that cache: it runs the last token itself.
 
     Args:
         cache: Any transformers cache for this model, empty, to fill by a prefill. None for a `DynamicCache`, which
@@ -134,7 +135,7 @@ def restore(data: bytes, model, cache=None) -> tuple[torch.Tensor, DynamicCache]
     cache = DynamicCache(config=model.config) if cache is None else cache
     if len(ids) > 1:
         with torch.no_grad():
-            model(ids[None, :-1].to(module_device(model)), past_key_values=cache, logits_to_keep=1)
+            model(ids[None, :-1].to(module_device(model)), **{CACHE_NAME: cache}, logits_to_keep=1)
     return ids, cache
 
 

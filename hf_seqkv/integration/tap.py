@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..codec.center import rotate
 from . import capture
+from .compat import CACHE_NAME
 from .placement import module_device
 
 
@@ -86,15 +87,15 @@ def run_window(model, ids: torch.Tensor, coded: list[int], first: int, generator
     layers = [cache.layers[index] for index in coded]
     ids = ids[None].to(module_device(model))
     with torch.no_grad():
-        model(ids[:, :first], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :first], **{CACHE_NAME: cache}, logits_to_keep=1)
     gradients = [None] * len(layers)
     if generator is None:
         with torch.no_grad():
-            model(ids[:, first:], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, first:], **{CACHE_NAME: cache}, logits_to_keep=1)
     else:
         leaves = [x for layer in layers for x in layer.become_leaves()]
         with torch.enable_grad():
-            logits = model(ids[:, first:], past_key_values=cache).logits[0].float()
+            logits = model(ids[:, first:], **{CACHE_NAME: cache}).logits[0].float()
             with torch.no_grad():
                 labels = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
