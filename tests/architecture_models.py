@@ -70,6 +70,7 @@ OVERRIDES = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 64},
     },
+    "dory": {"layer_types": SLIDING, **_named(1, "n_input_layers n_recurrent_layers n_output_layers")},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 2, "n_shared_experts": 1},
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
