@@ -20,3 +20,10 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that no process is left alone with one at the end."""
+    slowest = ["real_model", "triton", "store_processes", "architectures", "triton_aot"]
+    order = {f"test_{name}.py": place for place, name in enumerate(slowest)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

@@ -22,6 +22,7 @@ from hf_seqkv.errors import SeqKVWarning
 from hf_seqkv.integration import direct, handle
 from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.handle import Handle
+from hf_seqkv.kernels import cpu
 
 _BASE = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3}
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8}
@@ -168,4 +169,4 @@ def test_everything_else_takes_the_dense_tensor(spans):
         ),
     ]
     for found, wanted in cases:
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, wanted, atol=1e-4 + cpu.tolerance() * wanted.abs().max().item(), rtol=1e-4)
