@@ -111,13 +111,8 @@ class SequenceCodec:
         Raises:
             FormatError: A page is truncated, damaged, of another version or of another codec.
         """
-        few = [self._decode(pages[span], _of(embedded, span), heads) for span in spans(len(pages))]
-        for _ in heads:
-            yield tuple(map(torch.cat, zip(*on_threads(next, few), strict=True)))
-
-    def _decode(self, pages: Sequence[bytes], embedded: torch.Tensor | None, heads: Sequence[int]) -> Iterator[tuple]:
-        """`decode` on one thread."""
         levels, symbols, fine = self._read(pages)
+        # All parts at once: torch's threads rest meanwhile.
         rebuilt = self._zone.dequantise(symbols, torch.zeros(len(pages), dtype=torch.int64)).split(self._sizes, 1)
         context = Context(embedded)
         for index, coder in enumerate(self.coders):
@@ -188,7 +183,7 @@ class SequenceCodec:
         return levels, coarse, fine
 
     def _symbols(self, streams: Sequence[bytes], classes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [entropy.decode(*pair, self.tables) for pair in zip(streams, classes, strict=True)]
+        return on_threads(lambda pair: entropy.decode(*pair, self.tables), zip(streams, classes, strict=True))
 
     def _open(self, page: bytes) -> list[bytes]:
         if len(page) < _HEADER.size:
