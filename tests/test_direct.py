@@ -163,10 +163,9 @@ def test_everything_else_takes_the_dense_tensor(spans):
         (keys.repeat_interleave(2, 1), repeated[0]),
         (torch.cat([keys, values], -1), torch.cat([k, v], -1)),
         (attention(query[:, :2], keys, values, is_causal=True), attention(query[:, :2], k, v, is_causal=True)),
-        (
-            attention(query, keys, values, mask, enable_gqa=True),
-            attention(query, *repeated, mask),
-        ),
     ]
     for found, wanted in cases:
-        torch.testing.assert_close(found, wanted, atol=1e-4 + cpu.tolerance() * wanted.abs().max().item(), rtol=1e-4)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    # This one attends to the codes, within what the kernel promises.
+    found, wanted = attention(query, keys, values, mask, enable_gqa=True), attention(query, *repeated, mask)
+    torch.testing.assert_close(found, wanted, atol=cpu.tolerance() * wanted.abs().max().item(), rtol=0)
