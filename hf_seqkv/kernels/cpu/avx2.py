@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .simd import WORDS, call, element, load, shuffle
+from .simd import WORDS, call, element, field_bytes, load, shuffle
 
 NAME = "AVX2"
 VNNI = "avxvnni"  # the feature that fuses products with their sum
@@ -56,12 +56,7 @@ def _codes(b, address, width, lanes):
     index, select, at = None, None, 0
     for field, place in _places(width):
         size = 8 * field
-        run = ir.VectorType(_I8, size)
-        rows = [
-            load(b, b.inttoptr(b.add(address, _I64(8 * width * c + at)), run.as_pointer()), 1)
-            for c in range(1 + max(c for c, _ in lanes))
-        ]
-        data = shuffle(b, rows[0], rows[-1], [c * size + token % size for c, token in lanes])
+        data = field_bytes(b, b.add(address, _I64(at)), 8 * width, size, lanes)
         data = _shifted(b, data, [place - field * (token // size) for _, token in lanes])
         if place > 3:
             select = data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .simd import SUMS, WORDS, call, element, load, shuffle
+from .simd import SUMS, WORDS, call, element, field_bytes, load, shuffle
 
 NAME = "AVX-512"
 VNNI = "avx512vnni"
@@ -25,12 +25,7 @@ def _indices(b, address, width, lanes):
         if not width & field:
             continue
         size = 8 * field
-        run = ir.VectorType(_I8, size)
-        rows = [
-            load(b, b.inttoptr(b.add(address, _I64(8 * width * c + at)), run.as_pointer()), 1)
-            for c in range(1 + max(c for c, _ in lanes))
-        ]
-        data = shuffle(b, rows[0], rows[-1], [c * size + token % size for c, token in lanes])
+        data = field_bytes(b, b.add(address, _I64(at)), 8 * width, size, lanes)
         words = b.zext(data, WORDS)
         if shift:
             words = b.shl(words, _words(shift))

@@ -50,6 +50,16 @@ def shuffle(builder, first, second, lanes):
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
 
 
+def field_bytes(builder, address, apart, size, lanes):
+    """Bytes of `(component, token)` lanes; a component, 0 or 1, has `size` of them, `apart` bytes from the other's."""
+    run = ir.VectorType(ir.IntType(8), size)
+    rows = [
+        load(builder, builder.inttoptr(builder.add(address, _I64(apart * c)), run.as_pointer()), 1)
+        for c in range(1 + max(c for c, _ in lanes))
+    ]
+    return shuffle(builder, rows[0], rows[-1], [c * size + token % size for c, token in lanes])
+
+
 def splat(builder, scalar):
     """A scalar in all of 16 lanes."""
     vector = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
