@@ -1,4 +1,4 @@
-"""Processes of the tests of the prefix store; they import little, because a hundred of them are started."""
+"""Processes of the tests of the prefix store; they import little, because many are started."""
 
 import itertools
 import os
@@ -57,13 +57,14 @@ def hammer_alone(root, seed, rounds, max_bytes):
         print(hammer(store, seed, int(rounds)))
 
 
-def put_forever(root, seed):
-    """Pages one after the other, each told once it is stored."""
+def put_forever(root, seed, told):
+    """Pages one after the other, each told once it is stored: key and ids, through a connection."""
+    warnings.simplefilter("error")
     store, parent = PrefixStore(root), b""
     for n in itertools.count():
-        ids = [int(seed), n]
+        ids = [seed, n]
         parent = put(store, ids, parent if n % 7 else b"")
-        print(parent.hex(), *ids, flush=True)
+        told.send((parent, tuple(ids)))
 
 
 def fork(root):

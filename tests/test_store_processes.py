@@ -1,5 +1,7 @@
 """Several threads and processes on one prefix store, kills at any moment, a disk that is really full."""
 
+import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import store_writers
-from store_writers import check, hammer, put, warned
+from store_writers import check, hammer, put, put_forever, warned
 
 from hf_seqkv.errors import SeqKVWarning
 from hf_seqkv.store.prefix_store import PrefixStore
@@ -66,16 +68,22 @@ def test_processes_that_find_a_damaged_index(tmp_path):
 @posix
 def test_kills(tmp_path):
     draw, told = random.Random(0), {}
+    processes = multiprocessing.get_context("forkserver")  # torch is imported once, not a hundred times
+    processes.set_forkserver_preload(["hf_seqkv.store.prefix_store"])
     for n in range(100):
-        process = start("put_forever", tmp_path, n)
-        lines = [process.stdout.readline()]
+        reader, writer = processes.Pipe(duplex=False)
+        process = processes.Process(target=put_forever, args=(tmp_path, n, writer))
+        process.start()
+        writer.close()
+        told.update([reader.recv()])
         time.sleep(draw.uniform(0, 0.02))
-        process.send_signal(signal.SIGKILL)
-        lines += [line for line in process.stdout if line.endswith("\n")]
-        process.wait()
-        process.stdout.close()
-        for key, *ids in map(str.split, lines):
-            told[bytes.fromhex(key)] = [int(x) for x in ids]
+        process.kill()
+        with contextlib.suppress(EOFError, OSError), reader:  # its end, or half a message
+            while True:
+                told.update([reader.recv()])
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        process.close()
         if n % 20 == 0:
             with PrefixStore(tmp_path) as store:
                 assert all(check(store, key, ids) for key, ids in told.items())
