@@ -1,4 +1,4 @@
-"""Two processes that share a model (`tp_plan="auto"`, gloo): `ranks.py` checks that they do what one process does."""
+"""Two processes that share a model (`tp_plan="auto"`, gloo): each does what one process does (`rank_worker.py`)."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import rank_worker
 import ranks
 import torch
 from models import LOSSLESS, SMALL, prompt
@@ -79,7 +80,7 @@ def start(folder, rank):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_SEQKV_BACKEND": "reference", "OMP_NUM_THREADS": "1"}
     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks.RANKS)}
     with open(folder / f"log.{rank}", "w") as log:
-        return subprocess.Popen([sys.executable, ranks.__file__, folder], env=environment, stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, rank_worker.__file__, folder], env=environment, stdout=log, stderr=log)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("rank", range(ranks.RANKS))
-@pytest.mark.parametrize("check", ranks.CHECKS)
+@pytest.mark.parametrize("check", rank_worker.CHECKS)
 def test_ranks(check, rank, folder):
     failed = folder / f"{check}.{rank}"
     assert not failed.exists(), failed.read_text()
