@@ -15,9 +15,9 @@ from hf_seqkv.integration.layer import SeqKVLayer
 NAMES = [
     *("bloom", "cohere", "cohere2", "deepseek_v3", "deepseek_v32", "diffllama", "exaone4", "falcon", "falcon_h1"),
     *("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4", "gpt2", "gpt_neo", "gpt_neox"),
-    *("gpt_oss", "gptj", "granite", "granitemoehybrid", "hrm_text", "jamba", "llama", "llama4_text", "mistral"),
-    *("mixtral", "moshi", "mpt", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_5_text"),
-    *("qwen3_moe", "qwen3_next", "smollm3", "stablelm", "starcoder2"),
+    *("gpt_oss", "gptj", "granite", "granitemoehybrid", "hrm_text", "hy_v4", "inkling_text", "jamba", "llama"),
+    *("llama4_text", "mistral", "mixtral", "moshi", "mpt", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3"),
+    *("qwen3_5_text", "qwen3_moe", "qwen3_next", "smollm3", "stablelm", "starcoder2"),
 ]
 VERSION, ROWS = architectures.read(Path(__file__).with_name("ARCHITECTURES.md"))
 SAME = ("layers coded", "attention", "modes")  # on every machine; errors are not

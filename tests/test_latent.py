@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Confi
 
 import hf_seqkv
 from hf_seqkv import SeqKVCache, calibrate
+from hf_seqkv.codec.page import QuantizedPageCodec
+from hf_seqkv.codec.vector import VectorCodec
+from hf_seqkv.config import DATA_FREE
 from hf_seqkv.errors import SeqKVWarning, UnsupportedModelError
 from hf_seqkv.integration import attention, latent
 from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.latent import Expanded
+from hf_seqkv.kernels.interface import DenseRun, LayerView, Scoring
+from hf_seqkv.kernels.latent import attend_latents
 from hf_seqkv.store.prefix_store import PrefixStore
 
 NEW = {"max_new_tokens": 40, "do_sample": False}
@@ -23,6 +29,7 @@ SIZES = dict(
     qk_nope_head_dim=16, v_head_dim=12, pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=0.3,
     max_position_embeddings=512,
 )  # fmt: skip
+FREE = {name: DATA_FREE[name] for name in ("rotation", "codebook", "scale", "scale_bits", "seed")}
 CONFIGS = {"v2": DeepseekV2Config, "v3": DeepseekV3Config}
 
 
@@ -63,9 +70,7 @@ def forced(model, cache, ids, first=30, step=3):
     """Logits of tokens from `first` on, some at a time."""
     with torch.no_grad():
         model(ids[:, :first], **{CACHE_NAME: cache})
-        parts = [
-            model(ids[:, at : at + step], **{CACHE_NAME: cache}).logits for at in range(first, ids.shape[1], step)
-        ]
+        parts = [model(ids[:, at : at + step], **{CACHE_NAME: cache}).logits for at in range(first, ids.shape[1], step)]
     return torch.cat(parts, 1)
 
 
@@ -99,6 +104,33 @@ def test_reading_codes_is_reading_what_they_stand_for(dtype, monkeypatch):
     assert len(set(cache.layers[0].counts)) > 1
     difference = (logits[0] - logits[1]).norm() / logits[1].norm()
     assert 0 < difference < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention_is_that_of_the_definition(sinks, softcap):
+    """Sink logits and a softcap, to which the constant part of the latents matters."""
+    codec = QuantizedPageCodec(
+        *(VectorCodec.data_free(1, dim, 8, bits=bits, **FREE) for dim, bits in ((32, 5), (8, 8)))
+    )
+    pages = codec.encode(torch.randn(2, 3, 1, 8, 32), torch.randn(2, 3, 1, 8, 8))
+    first, last = ([torch.randn(2, 1, n, dim) for dim in (32, 8)] for n in (4, 5))
+    runs = DenseRun(*first, [0, 0], [0, 0]), DenseRun(*last, [28, 20], [0, 0])
+    constant = SimpleNamespace(mean=torch.randn(2, 1, 32))
+    view = LayerView(codec, pages, [3, 2], [4, 4], *runs, constant, 33, 0)
+    query, logits = torch.randn(2, 6, 1, 40), 3 * torch.randn(6) if sinks else None
+    scoring = Scoring(0.2, False, None, softcap, logits)
+    found = attend_latents(query, view, None, scoring, QuantizedPageCodec.coordinates)
+    for row, count in enumerate(view.counts):
+        coded = [x[row, :count, 0].flatten(0, 1) for x in codec.decode(pages)]
+        coded[0] = coded[0] + constant.mean[row]
+        latents, turned = (torch.cat([a[row, 0], x, b[row, 0]]) for a, x, b in zip(first, coded, last, strict=True))
+        scores = 0.2 * query[row, :, 0] @ torch.cat([latents, turned], 1).T
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        if sinks:
+            scores = torch.cat([scores, logits[:, None]], 1)
+        wanted = scores.softmax(-1)[:, : len(latents)] @ latents
+        torch.testing.assert_close(found[row, 0], wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_the_latent_is_far_smaller_than_dense():

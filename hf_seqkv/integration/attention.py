@@ -22,7 +22,10 @@ from .handle import Lazy, dense
 
 WRAPPED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 # Named arguments of attention functions that are understood, or do not change the result.
-UNDERSTOOD = {"dropout", "scaling", "sliding_window", "s_aux", "softcap", "is_causal", "position_ids", "use_cache"}
+BIAS = "position_bias"  # added to the scores, as the mask is
+UNDERSTOOD = {
+    *("dropout", "scaling", "sliding_window", "s_aux", "softcap", "is_causal", "position_ids", "use_cache", BIAS)
+}
 
 
 @functools.cache
@@ -56,6 +59,8 @@ def _obstacle(module, function, query, key, value, mask, args, kwargs) -> str | 
         return f"query {tuple(query.shape)} does not fit keys {tuple(shape)}"
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
         return f"its mask is a {type(mask).__name__}" + (f" of {mask.dim()} dimensions" if hasattr(mask, "dim") else "")
+    if kwargs.get(BIAS) is not None and mask is None and query.shape[2] > 1:
+        return f"its attention takes {BIAS} without a mask"
     return None
 
 
@@ -82,6 +87,14 @@ def _scoring(module, query, mask, kwargs) -> Scoring:
     )
 
 
+def _added(mask, kwargs):
+    """What is added to the scores: the mask, with a bias where there is one."""
+    bias = kwargs.get(BIAS)
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
 _PROBED: dict = {}
 
 
@@ -91,7 +104,8 @@ def _same_as_ours(module, function, query, kwargs) -> bool:
     Every model file has an eager function of its own. Comparing what it computes covers them all, today's and
     tomorrow's, without a list.
     """
-    key = (function, query.shape[1], kwargs.get("s_aux") is not None, kwargs.get("softcap"))
+    extra = [kwargs.get(name) is not None for name in ("s_aux", BIAS)]
+    key = (function, query.shape[1], *extra, kwargs.get("softcap"))
     if key not in _PROBED:
         _PROBED[key] = _probe(module, function, query, kwargs)
     return _PROBED[key]
@@ -113,6 +127,8 @@ def _probe(module, function, query, kwargs) -> bool:
     mask = torch.zeros(1, 1, steps, tokens, dtype=query.dtype, device=query.device)
     mask[..., 0, -1] = torch.finfo(query.dtype).min
     kwargs = {name: x for name, x in kwargs.items() if name not in ("position_ids", "sliding_window")}
+    if kwargs.get(BIAS) is not None:
+        kwargs[BIAS] = random(1, heads * groups, steps, tokens)
     codec = DensePageCodec(8, heads, dim, dim, query.dtype)
     empty = DenseRun(k[:, :, :0], v[:, :, :0], [0], [0])
     pages = torch.empty(1, 0, codec.page_bytes, dtype=torch.uint8, device=query.device)
@@ -122,7 +138,7 @@ def _probe(module, function, query, kwargs) -> bool:
             theirs = function(module, q, k, v, mask, **kwargs)[0]
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False  # it needs more than these arguments
-    ours = attend_codes(q, view, mask, _scoring(module, q, mask, kwargs))
+    ours = attend_codes(q, view, _added(mask, kwargs), _scoring(module, q, mask, kwargs))
     tolerance = 1e-4 if query.dtype == torch.float32 else 3e-2
     return theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=tolerance, rtol=tolerance)
 
@@ -151,7 +167,7 @@ def _wrap(original):
                 scoring = _scoring(module, query, attention_mask, kwargs)
                 why = key.obstacle(scoring)
             if why is None:
-                return key.attend(query, attention_mask, scoring), None
+                return key.attend(query, _added(attention_mask, kwargs), scoring), None
             _say_why(type(module).__name__, why)
         return function(module, query, dense(key), dense(value), attention_mask, *args, **kwargs)
 

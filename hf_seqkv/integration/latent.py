@@ -45,8 +45,6 @@ class Expanded(Lazy):
         projection = self.module.kv_b_proj
         if type(projection) is not torch.nn.Linear or projection.weight.is_meta:
             return f"what makes keys of latents is a {type(projection).__name__} whose weights cannot be read"
-        if scoring.sink_logits is not None:
-            return "its latents are attended to with sinks"
         if not _is_product(self.module, self.expand, self.rotary.shape[-1]):
             return f"its {METHOD} computes more than a product"
         return None

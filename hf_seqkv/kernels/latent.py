@@ -5,8 +5,8 @@ The latent `c` stands where other layers have keys, the rotary key `r` where the
 after (`integration.latent`). Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
 
 Queries are turned into the basis of the codes once, instead of every cached token out of it: the rotation of a latent
-costs as much as the scores of a hundred heads. The constant part of the latents adds the same to all scores, so it
-enters only the output.
+costs as much as the scores of a hundred heads. The constant part of the latents adds the same to all of a query's
+scores, and the same to all outputs.
 
 Plain torch on any device, fp32; pages are unpacked `RUN` tokens at a time, once for all heads.
 """
@@ -29,24 +29,24 @@ def attend_latents(
 
     Args:
         query: `[B, Hq, Tq, Dk + Dv]`, for latents of `Dk` and rotary keys of `Dv` components, any float dtype.
-        view: The layer's cache, of one head; its codec's matrices are inverses of each other. No sink logits: weights
-            sum up to 1.
+        view: The layer's cache, of one head; its codec's matrices are inverses of each other.
         mask, scoring: As `reference.attend_codes` has them.
         unpack: A backend's `unpack_pages`.
 
     Returns:
         Mixed latents, `[B, Tq, Hq, Dk]` fp32.
     """
-    assert scoring.sink_logits is None
     codec, width = view.codec, view.codec.key_dim
     mean = query.new_zeros(len(query), 1, width, dtype=torch.float32)
     if view.center is not None:
         mean = mean + view.center.mean
     sides = (codec.key, codec.value) if isinstance(codec, QuantizedPageCodec) else ()
     queries = [x.float() for x in query.split([width, codec.value_dim], -1)]
+    mean = mean + sides[0].mean if sides else mean
+    constant = (queries[0] * mean[:, :, None]).sum(-1)
     if sides:
+        constant = constant + (queries[1] * sides[1].mean[:, None]).sum(-1)
         queries = [x @ side.decode_matrix.transpose(1, 2) for x, side in zip(queries, sides, strict=True)]
-        mean = mean + sides[0].mean
 
     def dense(row: int, k: torch.Tensor, v: torch.Tensor):
         k = k - mean[row, :, None]
@@ -57,10 +57,10 @@ def attend_latents(
     def coded(first: int, last: int):
         return tuple(unpack(codec, view.pages[:, first:last], side).float() for side in range(2))
 
-    softmax = OnlineSoftmax(torch.cat(queries, -1), view, mask, scoring, width)
+    softmax = OnlineSoftmax(torch.cat(queries, -1), view, mask, scoring, width, constant)
     for row, k, v, slots, absent in runs(view, coded, dense):
         softmax.add(row, torch.cat([k, v], -1), k, slots, absent)
     mixed = softmax.result()
     if sides:
         mixed = mixed @ sides[0].decode_matrix[0]
-    return mixed + mean[:, :, None]
+    return mixed + mean[:, :, None] * softmax.seen()

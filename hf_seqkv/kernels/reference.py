@@ -95,13 +95,18 @@ def unpack_pages(codec: PageCodec, pages: torch.Tensor, side: int) -> torch.Tens
 
 
 class OnlineSoftmax:
-    """Running maximum, denominator and output of every query. Source: Milakov and Gimelshein, arXiv 1805.02867."""
+    """Running maximum, denominator and output of every query. Source: Milakov and Gimelshein, arXiv 1805.02867.
 
-    def __init__(self, query, view, mask, scoring, value_dim: int):
+    Args:
+        constant: Added to a query's products with all keys, `[B, Hq, Tq]`.
+    """
+
+    def __init__(self, query, view, mask, scoring, value_dim: int, constant: torch.Tensor | None = None):
         batch, heads, steps, dim = query.shape
         self.view, self.mask, self.scoring, self.steps = view, mask, scoring, steps
         groups = heads // view.codec.heads
         self.query = query.float().reshape(batch, view.codec.heads, groups, steps, dim) * scoring.scaling
+        self.constant = None if constant is None else constant.unflatten(1, (-1, groups)) * scoring.scaling
         self.top = self.query.new_full(self.query.shape[:-1], -torch.inf)
         self.total = torch.zeros_like(self.top)
         self.mixed = self.query.new_zeros(*self.top.shape, value_dim)
@@ -116,6 +121,8 @@ class OnlineSoftmax:
             return
         view, scoring = self.view, self.scoring
         scores = self.query[row] @ k[:, None].transpose(-1, -2)  # [H, G, Tq, T]
+        if self.constant is not None:
+            scores = scores + self.constant[row, ..., None]
         if scoring.softcap is not None:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
         here = torch.arange(view.length - self.steps, view.length)[:, None]
@@ -140,6 +147,13 @@ class OnlineSoftmax:
         self.total[row] = self.total[row] * shrink + probs.sum(-1)
         self.mixed[row] = self.mixed[row] * shrink[..., None] + probs @ v[:, None]
         self.top[row] = top
+
+    def seen(self) -> torch.Tensor:
+        """What the weights of the tokens add up to, `[B, Tq, Hq, 1]`: less than 1 where sink logits take a part."""
+        tokens = self.total
+        if (logits := self.scoring.sink_logits) is not None:
+            tokens = tokens - (logits.float().reshape(1, *self.top.shape[1:3], 1) - self.top).exp()
+        return (tokens / self.total.clamp_min(1e-30)).flatten(1, 2).transpose(1, 2)[..., None]
 
     def result(self) -> torch.Tensor:
         out = self.mixed / self.total.clamp_min(1e-30)[..., None]
