@@ -6,6 +6,7 @@ counts.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import weakref
 from array import array
@@ -16,11 +17,13 @@ import torch
 from ..interface import LayerView, Scoring
 from . import attend_worker as worker
 from . import paged, threads
-from .call import CALL, DENSE, SPLIT, WHOLE
+from .call import CALL, DENSE, FIXED, SPLIT
 from .simd import ROWS
 
 _TEMPLATES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _FLOATS, _WORDS = struct.Struct("4f"), struct.Struct("2q")
+_RECORD, _NONE = CALL.itemsize // 8, [0] * 6
+_READ = (torch.float32, torch.bfloat16)
 
 
 def path() -> str:
@@ -46,11 +49,11 @@ def _matrix(matrix: torch.Tensor) -> tuple[np.ndarray, int]:
 
 
 class _Template:
-    """What every call with a codec has in common: fields of the record, and the arrays they point to."""
+    """What every call with a codec has in common: the first fields of the record, and the arrays they point to."""
 
     def __init__(self, codec):
-        call = dict.fromkeys(WHOLE, 0)
-        call |= {"heads": codec.heads, "size": codec.page_size, "page_bytes": codec.page_bytes}
+        self.heads, self.value_dim = codec.heads, codec.value_dim
+        fields = {"heads": codec.heads, "size": codec.page_size, "page_bytes": codec.page_bytes}
         self.held = []
         for name, side in (("key", codec.key), ("value", codec.value)):
             widths = side.widths.contiguous().numpy()
@@ -61,11 +64,12 @@ class _Template:
             arrays["matrix"], head = _matrix(matrix)
             arrays |= {"widths": widths, "offsets": side.offsets.contiguous().numpy()}
             arrays["mean"] = side.mean.contiguous().numpy()
-            call |= {f"{name}_{field}": x.ctypes.data for field, x in arrays.items()}
-            call |= {f"{name}_matrix_head": head, f"{name}_dim": side.dim, f"{name}_scale_bytes": side.scale_bits // 8}
-            call |= {f"{name}_{part}": codec.sections[f"{name}_{part}"][0] for part in ("codes", "scales")}
+            fields |= {f"{name}_{field}": x.ctypes.data for field, x in arrays.items()}
+            fields |= {f"{name}_matrix_head": head, f"{name}_dim": side.dim}
+            fields[f"{name}_scale_bytes"] = side.scale_bits // 8
+            fields |= {f"{name}_{part}": codec.sections[f"{name}_{part}"][0] for part in ("codes", "scales")}
             self.held.append(arrays)
-        self.fields = call
+        self.fields = array("q", [fields[name] for name in FIXED])
         self.table = self.tile = self.unit = self.at = None
 
     def relative(self, table: torch.Tensor) -> tuple[int, float]:
@@ -77,86 +81,96 @@ class _Template:
 
 
 def _template(codec) -> _Template:
-    if codec not in _TEMPLATES:
-        _TEMPLATES[codec] = _Template(codec)
-    return _TEMPLATES[codec]
+    found = _TEMPLATES.get(codec)
+    if found is None:
+        found = _TEMPLATES[codec] = _Template(codec)
+    return found
 
 
-def _dense(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _dense(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple, tuple]:
     """Tokens `[B, H, S, D]` in a dtype and with rows that the kernel reads, and their strides."""
-    if k.dtype not in (torch.float32, torch.bfloat16):
+    if k.dtype not in _READ:
         k, v = k.float(), v.float()
-    if k.stride(3) != 1 or v.stride(3) != 1:
+    strides = k.stride(), v.stride()
+    if strides[0][3] != 1 or strides[1][3] != 1:
         k, v = k.contiguous(), v.contiguous()
-    return k, v, [*k.stride()[:3], *v.stride()[:3]]
+        strides = k.stride(), v.stride()
+    return k, v, *strides
 
 
 def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None, scoring: Scoring) -> torch.Tensor:
-    """As `reference.attend_codes`, for quantised pages on a CPU."""
+    """As `reference.attend_codes`, for quantised pages on a CPU.
+
+    Short contexts are decoded in some tens of microseconds a layer, so that what is done here counts.
+    """
     batch, query_heads, steps, dim = query.shape
-    codec, template = view.codec, _template(view.codec)
-    call, value_dim = template.fields.copy(), codec.value_dim
-    rows, pairs = query_heads // codec.heads * steps, batch * codec.heads
+    template, counts, pages = _template(view.codec), view.counts, view.pages
+    heads, value_dim = template.heads, template.value_dim
+    rows, pairs = query_heads // heads * steps, batch * heads
     query32 = query.detach().float().contiguous()
     out = torch.empty(batch, steps, query_heads, value_dim)
-    splits, blocks = -(-max(view.counts, default=0) // SPLIT), -(-rows // ROWS)
+    splits, blocks = -(-max(counts, default=0) // SPLIT), -(-rows // ROWS)
     parts = pairs * (splits + 1) * rows
-    numbers = torch.empty(parts * (value_dim + 2) + pairs * rows * (2 * dim + 34))
-    at, pages = numbers.data_ptr(), view.pages
-    call["mixed"], call["tops"], call["totals"] = at, at + 4 * parts * value_dim, at + 4 * parts * (value_dim + 1)
-    call["prepared"] = at + 4 * parts * (value_dim + 2)
-    call["query"], call["out"], call["batch"], call["rows"] = query32.data_ptr(), out.data_ptr(), batch, rows
-    call["steps"], call["splits"], call["blocks"], call["tasks"] = steps, splits, blocks, parts // rows * blocks
-    call["pages"], call["page_row"] = pages.data_ptr(), pages.stride(0)
-    call["length"], call["offset"] = view.length, view.offset
-    call["causal"], call["window"] = scoring.causal and mask is None, scoring.window or 0
+    tasks = parts // rows * blocks
+    runs = (view.sinks, view.recent) if view.side is None else (view.sinks, view.recent, view.side)
+
+    # One piece of memory has what the parts compute, then the record, how far the workers are, numbers of every row,
+    # and the runs of dense tokens.
+    results = parts * (value_dim + 2) + pairs * rows * (2 * dim + 34)
+    results += results % 2
+    memory = torch.empty(results + 2 * (_RECORD + 2 + pairs + 6 * batch + len(runs) * len(DENSE)))
+    mixed = memory.data_ptr()
+    record = mixed + 4 * results
+    progress = record + 8 * _RECORD
+    of_rows = progress + 16 + 8 * pairs
+    tops = mixed + 4 * parts * value_dim
+    call = [query32.data_ptr(), out.data_ptr(), batch, rows, steps, splits, blocks, tasks]
+    call += mixed, tops, tops + 4 * parts, tops + 8 * parts, progress, progress + 8, progress + 16
+    call += of_rows, of_rows + 8 * batch, of_rows + 48 * batch, len(runs)
+    call += pages.data_ptr(), pages.stride(0), view.length, view.offset
+    call += scoring.causal and mask is None, scoring.window or 0
     held, unit = [], 0.0
-    if view.center is not None:
-        center = view.center
-        mean = center.mean.contiguous()
-        starts = center.starts if center.starts.stride(1) == center.starts.shape[2] else center.starts.contiguous()
-        call["constant"], call["starts"], call["starts_row"] = mean.data_ptr(), starts.data_ptr(), starts.stride(0)
-        call["relative"], unit = template.relative(center.relative)
-        call["half"], call["interleaved"] = center.relative.shape[1] // 2, center.interleaved
+    if (center := view.center) is None:
+        call += _NONE
+    else:
+        mean, starts = center.mean.contiguous(), center.starts
+        starts = starts if starts.stride(1) == starts.shape[2] else starts.contiguous()
+        table, unit = template.relative(center.relative)
+        call += mean.data_ptr(), starts.data_ptr(), starts.stride(0), table, center.relative.shape[1] // 2
+        call.append(center.interleaved)
         held += mean, starts
-    if mask is not None:
+    if mask is None:
+        call += _NONE[1:]
+    else:
         bias = mask.detach() if mask.dtype == torch.bool else mask.detach().float()
         bias = bias if bias.stride(3) == 1 else bias.contiguous()
         strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
-        call["mask"], call["mask_kind"] = bias.data_ptr(), 1 if bias.dtype == torch.bool else 2
-        call["mask_row"], call["mask_head"], call["mask_step"] = strides[:3]
+        call += bias.data_ptr(), 1 if bias.dtype == torch.bool else 2, *strides[:3]
         held.append(bias)
-    if scoring.sink_logits is not None:
+    if scoring.sink_logits is None:
+        call.append(0)
+    else:
         logits = scoring.sink_logits.detach().float().contiguous()
-        call["sink_logits"] = logits.data_ptr()
+        call.append(logits.data_ptr())
         held.append(logits)
-
-    # The record, how far the workers are, numbers of every row, and runs of dense tokens lie in one piece of memory.
-    runs = (view.sinks, view.recent) if view.side is None else (view.sinks, view.recent, view.side)
-    progress_at = CALL.itemsize // 8
-    rows_at = progress_at + 2 + pairs
-    runs_at = rows_at + 6 * batch
-    memory = array("q", bytes(8 * (runs_at + len(runs) * len(DENSE))))
-    base = memory.buffer_info()[0]
-    progress, numbers_of_rows = base + 8 * progress_at, base + 8 * rows_at
-    call["prepare_next"], call["attend_next"], call["done"] = progress, progress + 8, progress + 16
-    call["counts"], call["page_slots"] = numbers_of_rows, numbers_of_rows + 8 * batch
-    call["dense"], call["runs"] = base + 8 * runs_at, len(runs)
-    whole = [*call.values(), *_WORDS.unpack(_FLOATS.pack(scoring.scaling, scoring.softcap or 0, unit, 0))]
-    whole += [0] * (2 + pairs)
-    whole += [*view.counts, *view.page_slots]
-    whole += [*view.sinks.slots, *view.sinks.begin, *view.recent.slots, *view.recent.begin]
-    for i, run in enumerate(runs):
-        k, v, strides = _dense(run.k, run.v)
-        if i < 2:
-            slots, begin = (numbers_of_rows + 8 * batch * (2 + 2 * i + j) for j in range(2))
+    call += _WORDS.unpack(_FLOATS.pack(scoring.scaling, scoring.softcap or 0, unit, 0))
+    call += [0] * (2 + pairs)
+    call += *counts, *view.page_slots, *view.sinks.slots, *view.sinks.begin, *view.recent.slots, *view.recent.begin
+    slots = of_rows + 16 * batch
+    for run in runs:
+        k, v, (*ks, _), (*vs, _) = _dense(run.k, run.v)
+        if run is view.side:
+            at = run.slots.contiguous()
+            call += k.data_ptr(), v.data_ptr(), at.data_ptr(), True, 0
+            held.append(at)
         else:
-            side_slots, begin = run.slots.contiguous(), 0
-            slots = side_slots.data_ptr()
-            held.append(side_slots)
-        whole += [k.data_ptr(), v.data_ptr(), slots, i == 2, begin, k.shape[2], k.dtype == torch.bfloat16, *strides]
+            call += k.data_ptr(), v.data_ptr(), slots, False, slots + 8 * batch
+            slots += 16 * batch
+        call += k.shape[2], k.dtype == torch.bfloat16, *ks, *vs
         held += k, v
-    memory[:] = array("q", whole)
-    threads.run(worker.PREPARE, base, pairs * blocks)
-    threads.run(worker.ATTEND, base, call["tasks"])
+    whole = template.fields + array("q", call)
+    ctypes.memmove(record, whole.buffer_info()[0], 8 * len(whole))
+    if splits > 1:
+        threads.run(worker.PREPARE, record, pairs * blocks)
+    threads.run(worker.ATTEND, record, tasks)
     return out.to(query.dtype)

@@ -13,7 +13,7 @@ from .simd import ROWS
 from .threads import Entry
 
 # numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernels.py`).
-CALLS = "30ee5996eb2ed4e4"
+CALLS = "79b77c2ffce7e6bb"
 
 
 @njit(**OPTIONS)
@@ -44,7 +44,7 @@ def _attend(address):
 
     A task is a KV head of one row of the batch, up to `ROWS` of its query rows (a query row is a query head and a new
     token), and a part of the tokens: `SPLIT` pages or all dense tokens. Whoever finishes the last part of a head merges
-    its parts, in order.
+    its parts, in order. Where all pages are one part, nobody else needs what that part prepares.
     """
     a = carray(pointer(address), 1, CALL)[0]
     parts = a.splits + 1
@@ -58,6 +58,8 @@ def _attend(address):
         if part == a.splits:
             dense_part(a, _query(a, pair, row0, rows), b, h, row0)
         elif part * SPLIT < carray(pointer(a.counts), a.batch, np.int64)[b]:
+            if a.splits == 1:
+                prepare(a, _query(a, pair, row0, rows), b, h, row0)
             pages_part(a, b, h, part, row0, rows)
         if take_number(a.done + 8 * pair) == parts * a.blocks - 1:
             merge(a, b, h)

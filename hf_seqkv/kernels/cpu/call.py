@@ -11,49 +11,22 @@ from .simd import add_product
 SPLIT = 16  # pages a part of a call takes: fixed, so that results do not depend on the thread count
 
 _SIDE = (
-    "matrix",
-    "matrix_head",
-    "offsets",
-    "widths",
-    "levels",
-    "units",
-    "mean",
-    "dim",
-    "codes",
-    "scales",
-    "scale_bytes",
+    *("matrix", "matrix_head", "offsets", "widths", "levels", "units", "mean", "dim"),
+    *("codes", "scales", "scale_bytes"),
 )
-# Everything a call works on: addresses of arrays, strides in elements, counts, then the floats.
+# Everything a call works on: addresses, strides in elements, counts, then the floats; first what a codec fixes.
+FIXED = ("heads", "size", "page_bytes", *(f"{side}_{name}" for side in ("key", "value") for name in _SIDE))
+_OWN = (
+    *("query", "out", "batch", "rows", "steps", "splits", "blocks", "tasks"),
+    *("mixed", "tops", "totals", "prepared", "prepare_next", "attend_next", "done", "counts", "page_slots"),
+    *("dense", "runs", "pages", "page_row", "length", "offset", "causal", "window"),
+    *("constant", "starts", "starts_row", "relative", "half", "interleaved"),
+    *("mask", "mask_kind", "mask_row", "mask_head", "mask_step", "sink_logits"),
+)
 CALL = np.dtype(
-    [
-        (name, np.int64)
-        for name in (
-            *(
-                "query",
-                "batch",
-                "heads",
-                "rows",
-                "steps",
-                "size",
-                "splits",
-                "blocks",
-                "tasks",
-                "prepare_next",
-                "attend_next",
-                "done",
-                "prepared",
-            ),
-            *("pages", "page_row", "page_bytes", "counts", "page_slots"),
-            *(f"key_{name}" for name in _SIDE),
-            *(f"value_{name}" for name in _SIDE),
-            *("constant", "starts", "starts_row", "relative", "half", "interleaved"),
-            *("dense", "runs", "mask", "mask_kind", "mask_row", "mask_head", "mask_step", "causal", "window", "offset"),
-            *("length", "sink_logits", "mixed", "tops", "totals", "out"),
-        )
-    ]
+    [(name, np.int64) for name in (*FIXED, *_OWN)]
     + [(name, np.float32) for name in ("scaling", "softcap", "relative_unit", "unused")]
 )
-WHOLE = [name for name in CALL.names if CALL[name] == np.int64]
 # A run of dense tokens, one of `CALL.runs`: addresses, strides in elements, and how many tokens.
 DENSE = np.dtype(
     [
