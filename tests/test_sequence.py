@@ -120,9 +120,10 @@ def test_any_numbers_come_back_as_held(seed, count, step, predict, spread):
     codec, (embedded, layers) = make_codec(predict, step, refine=seed % 5 - 1.0, seed=seed), make_pages(count, seed)
     layers = [tuple(x * 10 ** (spread * torch.rand_like(x) - spread / 2) for x in pair) for pair in layers]
     pages, held, encoder = encode(codec, embedded, layers)
-    levels, coarse, fine = codec._read(pages)
-    coarse = coarse.split([part.sizes[0].numel() for part in codec.parts], 1)
-    for index, found in enumerate(zip(levels.unbind(1), coarse, fine, strict=True)):
+    levels, coarse, fine = zip(*map(codec._read, pages), strict=True)
+    coarse = torch.stack(coarse).split([part.sizes[0].numel() for part in codec.parts], 1)
+    fine = map(torch.cat, zip(*fine, strict=True))
+    for index, found in enumerate(zip(torch.stack(levels, 1), coarse, fine, strict=True)):
         assert all(torch.equal(a, b) for a, b in zip(found, encoder.coded(index), strict=True))
     assert torch.equal(flat(decode(codec, pages, embedded)), flat(held))
 

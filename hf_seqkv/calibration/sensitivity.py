@@ -12,7 +12,9 @@ import torch
 
 from ..codec import importance
 
-FLOOR = 0.02  # of the mean over components: no direction is free, however few samples there were
+# Of the mean over components: no direction is free, however few samples there were. At equal divergence from SmolLM2,
+# 0.1 takes 6 % more bits even with 2,048 tokens, 0.002 takes 3 % more with 8,192.
+FLOOR = 0.02
 GAIN = 0.5  # of a token's predicted energy that its quantiser's step follows
 RIDGE = 20.0  # in standardised features
 

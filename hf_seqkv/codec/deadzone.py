@@ -167,9 +167,9 @@ class DeadZone:
         _on_threads(_quantise, (x.contiguous(), which), tables, (symbols, out))
         return symbols, out
 
-    def dequantise(self, symbols: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-        """Symbols `[n, M]` int32 to rebuilt coefficients `[n, M]` fp32."""
-        out = torch.empty(symbols.shape)
+    def dequantise(self, symbols: torch.Tensor, which: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Symbols `[n, M]` int32 to rebuilt coefficients `[n, M]` fp32, in `out` if given."""
+        out = torch.empty(symbols.shape) if out is None else out
         tables = (self._order, self._kinds, self._scales, self._offsets)
         _on_threads(_dequantise, (symbols, which), tables, (out,))
         return out

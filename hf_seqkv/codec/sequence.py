@@ -111,13 +111,21 @@ class SequenceCodec:
         Raises:
             FormatError: A page is truncated, damaged, of another version or of another codec.
         """
-        levels, symbols, fine = self._read(pages)
-        # All parts at once: torch's threads rest meanwhile.
-        rebuilt = self._zone.dequantise(symbols, torch.zeros(len(pages), dtype=torch.int64)).split(self._sizes, 1)
+        coefficients = torch.empty(len(pages), sum(self._sizes))
+
+        def read(n: int):
+            levels, coarse, fine = self._read(pages[n])
+            self._zone.dequantise(coarse[None], torch.zeros(1, dtype=torch.int64), coefficients[n : n + 1])
+            return levels, fine
+
+        # All that is done page by page first: damage is found before anything is handed out, and torch's threads rest
+        # meanwhile, whose products are faster for all pages together.
+        levels, fine = zip(*on_threads(read, range(len(pages))), strict=True)
+        levels, fine = torch.stack(levels, 1), [torch.cat(x) for x in zip(*fine, strict=True)]
         context = Context(embedded)
-        for index, coder in enumerate(self.coders):
+        for index, (coder, rebuilt) in enumerate(zip(self.coders, coefficients.split(self._sizes, 1), strict=True)):
             predicted = context.predict(coder.part)
-            context.add(coder.decode(rebuilt[index], fine[index], levels[:, index].flatten(), predicted))
+            context.add(coder.decode(rebuilt, fine[index], levels[index].flatten(), predicted))
             if index % 2:
                 yield tuple(self._heads(x, heads[index // 2]) for x in context.layers[0])
 
@@ -141,14 +149,14 @@ class SequenceCodec:
         symbols = [torch.cat([levels[n].flatten(), shifts[n]]).to(torch.int32) for n in range(pages)]
         symbols += [torch.cat([x[n] for x in coarse]) for n in range(pages)]
         symbols += [torch.cat([x[n].flatten() for x in finer]) for n in range(pages)]
-        kinds = [self._head] * pages + self._coarse_classes(shifts) + [self._fine_classes(x) for x in levels]
+        kinds = [self._head] * pages + [self._coarse_classes(x) for x in shifts.tolist()]
+        kinds += [self._fine_classes(x) for x in levels]
         streams = [entropy.encode(*pair, self.tables) for pair in zip(symbols, kinds, strict=True)]
         return [self._seal(streams[n::pages]) for n in range(pages)]
 
-    def _coarse_classes(self, shifts: torch.Tensor) -> list[torch.Tensor]:
-        """Classes of the second stream of pages with shifts `[N, parts]`."""
-        rows = zip(self.coders, shifts.unbind(1), strict=True)
-        return list(torch.cat([coder.kinds[row + SHIFTS] for coder, row in rows], 1))
+    def _coarse_classes(self, shifts: list[int]) -> torch.Tensor:
+        """Classes of the second stream of a page whose parts have these shifts."""
+        return torch.cat([coder.kinds[shift + SHIFTS] for coder, shift in zip(self.coders, shifts, strict=True)])
 
     def _fine_classes(self, levels: torch.Tensor) -> torch.Tensor:
         """Classes of the third stream of a page with levels `[parts, P]`."""
@@ -163,27 +171,27 @@ class SequenceCodec:
         body, blank = b"".join(streams), self._header([len(stream) for stream in streams])
         return blank + struct.pack("<I", zlib.crc32(body, zlib.crc32(blank))) + body
 
-    def _read(self, pages: Sequence[bytes]):
-        """Levels `[N, parts, P]` int64, coefficients' symbols of all parts `[N, M]`, refinements' of every part."""
-        first, second, third = zip(*map(self._open, pages), strict=True)
-        heads = torch.stack(self._symbols(first, [self._head] * len(pages))).long()
-        levels, shifts = heads.split([len(self.parts) * self.page_size, len(self.parts)], 1)
-        levels = levels.unflatten(1, (len(self.parts), -1))
+    def _read(self, page: bytes) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Levels `[parts, P]` int64, coefficients' symbols of all parts `[M]`, refinements' of every part `[n, W]`."""
+        first, second, third = self._open(page)
+        levels, shifts = self._read_head(first)
+        coarse = entropy.decode(second, self._coarse_classes(shifts), self.tables)
+        found = entropy.decode(third, self._fine_classes(levels), self.tables)
+        widths = [part.sizes.shape[2] for part in self.parts]
+        counts = (levels > 0).sum(-1).tolist()
+        runs = found.split([count * width for count, width in zip(counts, widths, strict=True)])
+        return levels, coarse, [run.unflatten(0, (-1, width)) for run, width in zip(runs, widths, strict=True)]
+
+    def _read_head(self, stream: bytes) -> tuple[torch.Tensor, list[int]]:
+        """Levels `[parts, P]` int64 of a page and shifts of its parts."""
+        found = entropy.decode(stream, self._head, self.tables).long()
+        levels, shifts = found.split([len(self.parts) * self.page_size, len(self.parts)])
         if levels.min() < 0 or levels.max() > LEVELS or shifts.abs().max() > SHIFTS:
             raise FormatError(
                 f"a level is not one of 0 to {LEVELS}, or a shift beyond {SHIFTS}: the page is damaged; drop it and "
                 "prefill again"
             )
-        coarse = torch.stack(self._symbols(second, self._coarse_classes(shifts)))
-        third = self._symbols(third, [self._fine_classes(x) for x in levels])
-        widths = [part.sizes.shape[2] for part in self.parts]
-        sizes = ((levels > 0).sum(-1) * torch.tensor(widths)).tolist()
-        runs = [x.split(size) for x, size in zip(third, sizes, strict=True)]
-        fine = [torch.cat([run[i] for run in runs]).unflatten(0, (-1, width)) for i, width in enumerate(widths)]
-        return levels, coarse, fine
-
-    def _symbols(self, streams: Sequence[bytes], classes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return on_threads(lambda pair: entropy.decode(*pair, self.tables), zip(streams, classes, strict=True))
+        return levels.unflatten(0, (len(self.parts), -1)), shifts.tolist()
 
     def _open(self, page: bytes) -> list[bytes]:
         if len(page) < _HEADER.size:
@@ -230,8 +238,10 @@ class SequenceEncoder:
             Both as decoded, fp32.
         """
         self._spans = self._spans or [_Span(self.codec, self._embedded, span) for span in spans(len(k))]
-        found = on_threads(lambda span: span.add(k, v, positions), self._spans)
-        return tuple(map(torch.cat, zip(*found, strict=True)))
+        # Written where it belongs by each thread: joining it here would wake torch's threads, which then spin.
+        decoded = torch.empty(k.shape), torch.empty(v.shape)
+        on_threads(lambda span: span.add(k, v, positions, decoded), self._spans)
+        return decoded
 
     def coded(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a part was coded to: levels `[N, P]`, coefficients' symbols `[N, P * W]`, refinements' `[n, W]`."""
@@ -250,17 +260,17 @@ class _Span:
         self.context = Context(_of(embedded, span))
         self.coded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `SequenceEncoder.add`, of the span's pages among all."""
+    def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, decoded: Sequence[torch.Tensor]) -> None:
+        """As `SequenceEncoder.add`, of the span's pages among all; what they decode to goes into `decoded`."""
         k, v = (x[self.span].float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]
         found = importance.features(k, v, positions[self.span].flatten())
-        for x in (k, v):
+        for x, out in zip((k, v), decoded, strict=True):
             coder = self.codec.coders[len(self.coded)]
             levels = importance.levels(found, coder.part.importance)
-            coarse, fine, decoded = coder.encode(x.flatten(1), self.context.predict(coder.part), levels)
-            self.context.add(decoded)
+            coarse, fine, held = coder.encode(x.flatten(1), self.context.predict(coder.part), levels)
+            out[self.span] = self.codec._heads(held, x.shape[1])
+            self.context.add(held)
             self.coded.append((levels.unflatten(0, (-1, self.codec.page_size)), coarse, fine))
-        return tuple(self.codec._heads(x, k.shape[1]) for x in self.context.layers[0])
 
     def finish(self) -> list[bytes]:
         levels, coarse, fine = zip(*self.coded, strict=True)
