@@ -46,7 +46,7 @@ def make_sensitivities(sample, size=0.7):
         x, sensitivity = tokens(sample, layer), Sensitivity((4, 4))
         spread = size * torch.linspace(0.5, 2, DIM)
         gradients = [2 ** x[0][:, :1, :1] * spread * torch.randn_like(t) for t in x]
-        sensitivity.add(x, gradients, sample.positions.flatten(), len(x[0]))
+        sensitivity.add(x, gradients, sample.positions.flatten(), torch.full((len(x[0]),), len(x[0])), len(x[0]))
         found.append(sensitivity)
     return found
 
@@ -164,7 +164,7 @@ def test_metric_of_known_gradients():
     windows = [[torch.randn(20, HEADS, DIM), torch.randn(20, HEADS, 3)] for _ in range(2)]
     for gradients in windows:
         x = [torch.randn_like(t) for t in gradients]
-        sensitivity.add(x, gradients, torch.arange(20), queries=7)
+        sensitivity.add(x, gradients, torch.arange(20), torch.full((20,), 7), 20)
     for side, dim in enumerate((DIM, 3)):
         g = torch.cat([gradients[side] for gradients in windows]).double()
         expected = torch.stack([g[:, h].T @ g[:, h] for h in range(HEADS)]) / 14
@@ -175,12 +175,29 @@ def test_metric_of_known_gradients():
         torch.testing.assert_close(extra[:, 0, 0] / mean, torch.full((HEADS,), 0.02).double(), atol=1e-4, rtol=0)
 
 
+def test_each_token_counts_by_the_queries_that_see_it():
+    """As in a sliding window: what is summed over more queries is larger, and what none sees tells nothing."""
+    x, gradients = ([torch.randn(600, HEADS, DIM) for _ in range(2)] for _ in range(2))
+    positions, queries = torch.arange(600), torch.randint(1, 50, (600,))
+    seen, alike, beside = (Sensitivity((4, 4)) for _ in range(3))
+    alike.add(x, gradients, positions, torch.ones(600), 30)
+    summed = [g * queries.sqrt()[:, None, None] for g in gradients]
+    seen.add(x, summed, positions, queries, 30)
+    blind = [torch.cat([t, 9 * torch.randn(100, HEADS, DIM)]) for t in (*x, *summed)]
+    beside.add(blind[:2], blind[2:], torch.arange(700), torch.cat([queries, torch.zeros(100)]), 30)
+    for side in range(2):
+        assert torch.equal(seen.metric(side), beside.metric(side))
+        assert torch.equal(seen.importance(side), beside.importance(side))
+        torch.testing.assert_close(seen.metric(side), alike.metric(side), atol=0.1 * 30, rtol=0.1)
+        torch.testing.assert_close(seen.importance(side), alike.importance(side), atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("size", [1, 1e-6, 0])
 def test_metric_of_few_gradients_is_positive_definite(size):
     sensitivity = Sensitivity((4, 4))
     x = [torch.randn(50, HEADS, DIM) for _ in range(2)]
     gradients = [size * torch.randn(50, HEADS, 1) * torch.eye(DIM)[0] for _ in range(2)]
-    sensitivity.add(x, gradients, torch.arange(50), queries=50)
+    sensitivity.add(x, gradients, torch.arange(50), torch.full((50,), 50), 50)
     for side in range(2):
         torch.linalg.cholesky(sensitivity.metric(side))
         eigenvalues = torch.linalg.eigvalsh(sensitivity.metric(side))
@@ -201,7 +218,7 @@ def test_importance_recovers_a_linear_rule(target):
     energies = [energy if side == target else torch.ones(count) for side in range(2)]
     gradients = [d * e.sqrt()[:, None] for d, e in zip(directions, energies, strict=True)]
     sensitivity = Sensitivity((4, 4))
-    sensitivity.add(x, [g.view(count, HEADS, DIM) for g in gradients], positions, queries=1)
+    sensitivity.add(x, [g.view(count, HEADS, DIM) for g in gradients], positions, torch.ones(count), count)
     fresh = [torch.randn(500, HEADS, DIM) for _ in range(2)]
     found = features(*fresh, torch.randint(1, 5000, (500,)))
     predicted, expected = found @ sensitivity.importance(target), GAIN / 2 * found @ rule  # in levels, factors of 4
@@ -216,7 +233,7 @@ def test_hot_cost_is_of_the_side_with_fewer_bits(dear):
     sizes = [2.0 ** torch.randn(count) for _ in range(2)]
     x = [size[:, None, None] * torch.nn.functional.normalize(torch.randn(count, HEADS, DIM), dim=-1) for size in sizes]
     sensitivity = Sensitivity((2, 5) if dear == 0 else (5, 2))
-    sensitivity.add(x, [torch.ones(count, HEADS, DIM)] * 2, torch.arange(count), queries=1)
+    sensitivity.add(x, [torch.ones(count, HEADS, DIM)] * 2, torch.arange(count), torch.ones(count), count)
     scores = features(*x, torch.arange(count)) @ sensitivity.importance(2)
     alike = [torch.corrcoef(torch.stack([scores, size.log2()]))[0, 1].item() for size in sizes]
     assert alike[dear] > 0.95
@@ -230,6 +247,6 @@ def test_constant_part_of_keys_costs_nothing():
     for shift in (0, 100):
         sensitivity = Sensitivity((4, 4))
         gradients = [torch.ones(500, HEADS, DIM), torch.zeros(500, HEADS, DIM)]
-        sensitivity.add([x[0] + shift, x[1]], gradients, torch.arange(500), queries=1)
+        sensitivity.add([x[0] + shift, x[1]], gradients, torch.arange(500), torch.ones(500), 500)
         crosses.append(sensitivity.cross[-1, 2])
     torch.testing.assert_close(*crosses, rtol=1e-4, atol=0)

@@ -30,23 +30,36 @@ class Sensitivity:
         self.errors = [4.0**-b for b in bits]
         self.metrics: list[torch.Tensor] | None = None  # [H, D, D] of keys and of values
         self.gram = self.cross = None
-        self.tokens = self.queries = 0
+        self.tokens = self.windows = self.pairs = self.visible = 0
 
-    def add(self, x: list[torch.Tensor], gradients: list[torch.Tensor], positions: torch.Tensor, queries: int) -> None:
+    def add(
+        self,
+        x: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        positions: torch.Tensor,
+        queries: torch.Tensor,
+        visible: int,
+    ) -> None:
         """Add one window's tokens.
 
         Args:
             x: Keys before RoPE and values, `[n, H, D]` each.
-            gradients: The same of the summed loss of `queries` later tokens.
+            gradients: The same of the summed loss of later tokens.
             positions: `[n]`.
+            queries: How many of the later tokens attend to each, `[n]`; a token to which none does tells nothing.
+            visible: Coded tokens that a query attends to where a cache has `n` of them: fewer in a sliding window.
         """
-        x, gradients = ([t.float() for t in group] for group in (x, gradients))
+        known = queries > 0
+        x, gradients = ([t[known].float() for t in group] for group in (x, gradients))
+        positions, queries = positions[known], queries[known]
+        if not len(queries):
+            return
         found = importance.features(*x, positions).double()
-        energies = [g.square().sum((1, 2)).double() for g in gradients]
+        energies = [g.square().sum((1, 2)).double() / queries for g in gradients]
         # What the hot codes' error costs: it is a fraction of a vector, keys without their constant part.
         coded = [x[0] - x[0].mean(0), x[1]]
         parts = zip(self.errors, coded, gradients, strict=True)
-        costs = [e * (t.square().sum(2) * g.square().sum(2)).sum(1).double() for e, t, g in parts]
+        costs = [e * (t.square().sum(2) * g.square().sum(2)).sum(1).double() / queries for e, t, g in parts]
         energies = torch.stack([*energies, sum(costs)], 1)
         logs = energies.clamp_min(1e-30).maximum(energies.mean(0) * 1e-9).log2()
         second = [torch.einsum("nhi,nhj->hij", g, g).double() for g in gradients]
@@ -55,11 +68,12 @@ class Sensitivity:
         else:
             self.metrics = [a + b for a, b in zip(self.metrics, second, strict=True)]
             self.gram, self.cross = self.gram + found.T @ found, self.cross + found.T @ logs
-        self.tokens, self.queries = self.tokens + len(found), self.queries + queries
+        self.tokens, self.pairs = self.tokens + len(found), self.pairs + queries.sum().item()
+        self.windows, self.visible = self.windows + 1, self.visible + visible
 
     def metric(self, side: int) -> torch.Tensor:
         """Nats a query that an error of each token costs, twice, as a matrix: `[H, D, D]` fp64, positive definite."""
-        second = self.metrics[side].cpu() / self.queries
+        second = self.metrics[side].cpu() * (self.visible / self.windows / self.pairs)
         trace = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return second + FLOOR * trace.clamp_min(1e-20) * torch.eye(second.shape[-1], dtype=torch.float64)
 

@@ -55,12 +55,14 @@ class Gathered:
     """Statistics of all windows so far, by layer.
 
     Args:
+        sliding: Tokens that a query of each layer sees, itself included; None for all.
         windows: Token ids, `[N, T]`, of all windows that will be added.
         bits: Of keys and of values in hot pages.
     """
 
-    def __init__(self, layers: int, page: int, windows: torch.Tensor, bits: tuple[float, float]):
+    def __init__(self, sliding: list[int | None], page: int, windows: torch.Tensor, bits: tuple[float, float]):
         self.page, self.windows, self.keep_vectors = page, windows, -(-SAMPLES // len(windows))
+        self.sliding, layers = sliding, len(sliding)
         self.sides: dict[tuple[int, str], Moments] = {}
         self.layouts: list[list] = [[0, False]] * layers
         self.sensitivities = [Sensitivity(bits) for _ in range(layers)]
@@ -81,12 +83,16 @@ class Gathered:
             if tap.gradients is None:
                 continue
             # Tokens near the second part are dense when it attends to them.
-            begin, end = max(SINKS, first - tap.gradients[0].shape[1]), first - self.page
-            at = slice(begin - first + tap.gradients[0].shape[1], end - first + tap.gradients[0].shape[1])
+            total, count = tap.keys.shape[1], tap.gradients[0].shape[1]
+            window = self.sliding[index] or total
+            margin = min(self.page, window // 2)
+            begin, end = max(SINKS, first - count), first - margin
+            at = slice(begin - first + count, end - first + count)
             x = [t[:, begin:end].transpose(0, 1) for t in (tap.plain_keys(), tap.values)]
             gradients = [t[:, at].transpose(0, 1) for t in tap.plain_gradients(first)]
             positions = torch.arange(begin, end, device=x[0].device)
-            self.sensitivities[index].add(x, gradients, positions, tap.keys.shape[1] - first)
+            queries = ((positions + window).clamp(max=total) - first).clamp_min(0)
+            self.sensitivities[index].add(x, gradients, positions, queries, min(end - begin, window - margin))
 
     def keep(self, taps: list[Tap], embedded: torch.Tensor) -> None:
         """Keep a window's whole pages, and its tokens' embeddings `[T, d]`."""
@@ -148,7 +154,7 @@ def gather(
             f"windows of {2 * first} tokens are too short for gradients, which need {2 * (SINKS + 2 * page)}: ask for "
             "longer windows, or calibrate without the sequence codec"
         )
-    gathered = Gathered(len(coded), page, windows, bits)
+    gathered = Gathered([probe.layers[index].sliding_window for index in coded], page, windows, bits)
     generator = torch.Generator().manual_seed(seed) if gradients else None
     for ids in tqdm(windows, desc="calibrate: run", unit="window", disable=not progress):
         taps = run_window(model, ids, coded, first, generator)
