@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from hf_seqkv import PrefixStore, SeqKVCache, SeqKVConfig, calibrate
 from hf_seqkv.eval import passages, smollm2
+from hf_seqkv.eval.environment import cpu_features
 from hf_seqkv.eval.measure import Run, measure_in_process
 from hf_seqkv.eval.perplexity import compare, teacher_forced_logits
 from hf_seqkv.integration import records
@@ -116,10 +117,14 @@ def test_stored_prefixes_and_sessions(real, calibration, held_out, tmp_path):
 
 
 def test_memory_at_4096_tokens():
-    """Processes of their own; the cache's bytes are its storages', the process's what the system says."""
-    dense, ours = (measure_in_process(Run(cache, {}, 4096, 8, "bfloat16")) for cache in ("dynamic", "seqkv"))
+    """Processes of their own; the cache's bytes are its storages', the process's what the system says.
+
+    A processor that has to emulate bf16 takes ten times as long with it: in fp32 the cache is held to the same bytes.
+    """
+    dtype, size = ("bfloat16", 2) if cpu_features()["avx512_bf16"] else ("float32", 4)
+    dense, ours = (measure_in_process(Run(cache, {}, 4096, 8, dtype)) for cache in ("dynamic", "seqkv"))
     assert ours["cache"]["tokens"] == dense["cache"]["tokens"] == 4103
-    assert ours["cache"]["bytes"] <= 0.35 * dense["cache"]["bytes"]
+    assert ours["cache"]["bytes"] <= 0.35 * dense["cache"]["bytes"] * 2 / size
     held = [run["after_bytes"] - run["before_prefill_bytes"] for run in (ours, dense)]
     assert held[1] > 0.9 * dense["cache"]["bytes"]
     assert held[0] < 0.5 * held[1]

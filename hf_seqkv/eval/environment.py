@@ -14,7 +14,7 @@ from ..errors import SeqKVError, SeqKVWarning
 PACKAGES = ("torch", "transformers", "numba", "triton", "numpy")
 VARIABLES = ("HF_SEQKV_BACKEND", "HF_SEQKV_CACHE", "HF_SEQKV_SMOLLM2")
 # Our name of each feature, and what /proc/cpuinfo calls it on the architectures that may have it.
-FEATURES = {"avx512f": "avx512f", "avx512bw": "avx512bw", "avx512_vnni": "avx512_vnni", "avx2": "avx2", "neon": "asimd"}
+FEATURES = {name: name for name in ("avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx2")} | {"neon": "asimd"}
 
 
 def describe() -> dict:
