@@ -37,7 +37,7 @@ def test_table(printed):
 def test_json_is_one_line(printed):
     assert len(printed[1].splitlines()) == 1
     found = json.loads(printed[1])
-    assert set(found["machine"]["features"]) == {"avx512f", "avx512bw", "avx512_vnni", "avx2", "neon"}
+    assert set(found["machine"]["features"]) == {"avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx2", "neon"}
     assert set(found["auto_backend"]) == {"cpu", "cuda"}
     assert found["kernel"]["path"]
     assert found["threads"]["torch"] >= 1
