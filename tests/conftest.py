@@ -24,6 +24,6 @@ def _fixed_seed():
 
 def pytest_collection_modifyitems(items):
     """The slowest files first, so that no process is left alone with one at the end."""
-    slowest = ["real_model", "triton", "store_processes", "architectures", "triton_aot"]
+    slowest = ["real_model", "triton", "triton_aot", "architectures"]
     order = {f"test_{name}.py": place for place, name in enumerate(slowest)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))

@@ -219,13 +219,17 @@ if "avx512f" in features():
     PROCESSORS["haswell"] = "+avx,+avx2,+bmi,+bmi2,+fma,+f16c,+popcnt,+lzcnt,+sse4.2"
 
 
+def on_another(name, script):
+    """What a script prints whose kernels are compiled for another processor."""
+    env = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": PROCESSORS[name]}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_other_processors(name):
-    """The same kernel compiled for another processor, in a process of its own."""
-    env = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": PROCESSORS[name]}
-    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [str(len(CASES))]
+    assert on_another(name, __file__) == str(len(CASES))
 
 
 if __name__ == "__main__":

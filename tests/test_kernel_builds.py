@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import CASES, build
-from test_encode import PROCESSORS
+from test_encode import on_another
 from test_kernels import assert_close
 
 from hf_seqkv.kernels import cpu, reference
@@ -32,11 +32,7 @@ if "avx512bw" in features():
 
 @pytest.mark.parametrize("name", PATHS)
 def test_other_processors(name):
-    """The same kernel compiled for another processor, in a process of its own."""
-    env = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": PROCESSORS[name]}
-    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == f"{PATHS[name]}, {len(SOME)} cases"
+    assert on_another(name, __file__) == f"{PATHS[name]}, {len(SOME)} cases"
 
 
 def check_some():

@@ -59,7 +59,7 @@ def _obstacle(module, function, query, key, value, mask, args, kwargs) -> str | 
         return f"query {tuple(query.shape)} does not fit keys {tuple(shape)}"
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
         return f"its mask is a {type(mask).__name__}" + (f" of {mask.dim()} dimensions" if hasattr(mask, "dim") else "")
-    if kwargs.get(BIAS) is not None and mask is None and query.shape[2] > 1:
+    if _bias(function, kwargs) is not None and mask is None and query.shape[2] > 1:
         return f"its attention takes {BIAS} without a mask"
     return None
 
@@ -87,9 +87,14 @@ def _scoring(module, query, mask, kwargs) -> Scoring:
     )
 
 
-def _added(mask, kwargs):
+def _bias(function, kwargs):
+    """The bias that a function adds; one that does not name it leaves it out."""
+    return kwargs.get(BIAS) if BIAS in _named(function) else None
+
+
+def _added(function, mask, kwargs):
     """What is added to the scores: the mask, with a bias where there is one."""
-    bias = kwargs.get(BIAS)
+    bias = _bias(function, kwargs)
     if bias is None or mask is None:
         return mask if bias is None else bias
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
@@ -138,7 +143,7 @@ def _probe(module, function, query, kwargs) -> bool:
             theirs = function(module, q, k, v, mask, **kwargs)[0]
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False  # it needs more than these arguments
-    ours = attend_codes(q, view, _added(mask, kwargs), _scoring(module, q, mask, kwargs))
+    ours = attend_codes(q, view, _added(function, mask, kwargs), _scoring(module, q, mask, kwargs))
     tolerance = 1e-4 if query.dtype == torch.float32 else 3e-2
     return theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=tolerance, rtol=tolerance)
 
@@ -167,7 +172,7 @@ def _wrap(original):
                 scoring = _scoring(module, query, attention_mask, kwargs)
                 why = key.obstacle(scoring)
             if why is None:
-                return key.attend(query, _added(attention_mask, kwargs), scoring), None
+                return key.attend(query, _added(function, attention_mask, kwargs), scoring), None
             _say_why(type(module).__name__, why)
         return function(module, query, dense(key), dense(value), attention_mask, *args, **kwargs)
 

@@ -124,6 +124,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     progress = record + 8 * _RECORD
     of_rows = progress + 16 + 8 * pairs
     tops = mixed + 4 * parts * value_dim
+    # In the order of `call.CALL`, behind what the codec fixes.
     call = [query32.data_ptr(), out.data_ptr(), batch, rows, steps, splits, blocks, tasks]
     call += mixed, tops, tops + 4 * parts, tops + 8 * parts, progress, progress + 8, progress + 16
     call += of_rows, of_rows + 8 * batch, of_rows + 48 * batch, len(runs)
