@@ -1,6 +1,8 @@
-"""The Triton kernels against the reference, in Triton's interpreter: `test_triton.py` runs this in its own process."""
+"""The Triton kernels against the reference, in Triton's interpreter or on a GPU: `test_triton.py` runs this."""
 
+import contextlib
 import dataclasses
+import os
 from unittest import mock
 
 import pytest
@@ -11,9 +13,12 @@ from kernel_cases import MIXED, Case, build, make_center, vector_codec
 from hf_seqkv.codec.page import QuantizedPageCodec
 from hf_seqkv.codec.quantize import distortion, lloyd_max
 from hf_seqkv.codec.vector import VectorCodec
+from hf_seqkv.eval.bench_cuda import on_device
 from hf_seqkv.kernels import reference, triton_attend, triton_pages
 from hf_seqkv.kernels.triton_tables import byte_table, pieces
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 GATHERED = 2e-3  # of the largest output: fp16 operands
 # Tables move levels by 0.7 % of a coordinate's deviation at 4 bits, a fourteenth of the codec's own 10 %.
 TABLES = 1.2e-2
@@ -88,25 +93,25 @@ TABLE_CASES = {
 @pytest.fixture(autouse=True)
 def interpreter():
     torch.manual_seed(0)
-    with triton_tools.patched():
+    with triton_tools.patched() if INTERPRETED else contextlib.nullcontext():
         yield
 
 
-@pytest.fixture
-def tables():
-    with mock.patch.object(triton_attend, "use_tables", return_value=True):
-        yield
+def expanding(yes):
+    """Whether codes are expanded by byte tables, whatever the device."""
+    return mock.patch.object(triton_attend, "use_tables", return_value=yes)
 
 
 def attend(*arguments):
-    """With every buffer full of NaN before it is written."""
+    """With every buffer full of NaN before it is written; where the kernels run, and back."""
 
     def poisoned(*shape, **options):
         made = torch.zeros(*shape, **options)
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
+    query, view, mask, scoring = (on_device(x, DEVICE) for x in arguments)
     with mock.patch.object(triton_attend.torch, "empty", poisoned):
-        return triton_attend.attend_codes(*arguments)
+        return triton_attend.attend_codes(query, view, mask, scoring).cpu()
 
 
 def error(out, expected):
@@ -134,14 +139,17 @@ def rounded(view):
 @pytest.mark.parametrize("chosen", CASES.values(), ids=CASES)
 def test_gathered(chosen):
     arguments = build(chosen)
-    assert error(attend(*arguments), reference.attend_codes(*arguments)) < GATHERED
+    with expanding(False):
+        out = attend(*arguments)
+    assert error(out, reference.attend_codes(*arguments)) < GATHERED
 
 
 @pytest.mark.parametrize("chosen", TABLE_CASES.values(), ids=TABLE_CASES)
-def test_tables(chosen, tables):
+def test_tables(chosen):
     query, view, mask, scoring = build(chosen)
     assert pieces(view.codec.key.widths)
-    out = attend(query, view, mask, scoring)
+    with expanding(True):
+        out = attend(query, view, mask, scoring)
     assert error(out, reference.attend_codes(query, rounded(view), mask, scoring)) < GATHERED
     assert error(out, reference.attend_codes(query, view, mask, scoring)) < TABLES
 
@@ -155,7 +163,7 @@ def test_half_precision(dtype, expand):
         for name, part in (("sinks", view.sinks), ("recent", view.recent), ("side", view.side))
     }
     view, query = dataclasses.replace(view, **runs), query.to(dtype)
-    with mock.patch.object(triton_attend, "use_tables", return_value=expand == "tables"):
+    with expanding(expand == "tables"):
         out = attend(query, view, mask, scoring)
     expected = reference.attend_codes(query, view if expand == "gathered" else rounded(view), mask, scoring)
     # One rounding of the output may differ.
@@ -193,7 +201,7 @@ def test_scales_of_any_size(expand):
     view.pages.view(torch.bfloat16)[..., key_at // 2 : (key_at + key_size) // 2] *= 2.0**-40
     view.recent.v.mul_(2.0**30)
     arguments = (query * 2.0**40, view, mask, scoring)
-    with mock.patch.object(triton_attend, "use_tables", return_value=expand == "tables"):
+    with expanding(expand == "tables"):
         out = attend(*arguments)
     assert error(out, reference.attend_codes(*arguments)) < TABLES
 
@@ -227,21 +235,23 @@ def test_pages(chosen, half, interleaved):
         constant = center.keys(0, 2)
         k = (k.transpose(1, 2) + constant.transpose(1, 2)).transpose(1, 2)
     expected = codec.encode(k - constant, v)
-    pages = triton_pages.encode_pages(codec, k, v, center)
+    moved = [on_device(x, DEVICE) for x in (codec, k, v, center)]
+    pages = triton_pages.encode_pages(*moved).cpu()
     for made, wanted in zip(codec.unpack(pages), codec.unpack(expected), strict=True):
         assert (made != wanted).sum() <= max(1, 1e-3 * made.numel())
     codec.vacate(expected, torch.rand(2, 2, 64) > 0.9)
     for side in range(2):
-        made = triton_pages.unpack_pages(codec, expected, side)
+        made = triton_pages.unpack_pages(moved[0], expected.to(DEVICE), side).cpu()
         torch.testing.assert_close(made, codec.coordinates(expected, side))
 
 
 def test_padding_between_sections_is_zero():
     chosen = case(widths=(3, 0), dim=16, value_dim=16, heads=1)
-    codec = QuantizedPageCodec(vector_codec(chosen, 16, 0), vector_codec(chosen, 16, 7))
+    codec = QuantizedPageCodec(vector_codec(chosen, 16, 0), vector_codec(chosen, 16, 7)).to(DEVICE)
     codec.sections = {name: (at + 16 * i, size) for i, (name, (at, size)) in enumerate(codec.sections.items())}
     codec.page_bytes += 64
-    pages = triton_pages.encode_pages(codec, torch.randn(1, 1, 1, 64, 16), torch.randn(1, 1, 1, 64, 16), None)
+    dense = torch.randn(2, 1, 1, 1, 64, 16, device=DEVICE)
+    pages = triton_pages.encode_pages(codec, *dense, None).cpu()
     used = torch.zeros(codec.page_bytes, dtype=torch.bool)
     for at, size in codec.sections.values():
         used[at : at + size] = True
@@ -250,7 +260,9 @@ def test_padding_between_sections_is_zero():
 
 def test_nothing_to_encode():
     codec = QuantizedPageCodec(*(vector_codec(case(), 64, seed) for seed in (0, 7)))
-    assert triton_pages.encode_pages(codec, *[torch.randn(2, 0, 2, 64, 64)] * 2, None).shape == (2, 0, codec.page_bytes)
+    nothing = torch.randn(2, 0, 2, 64, 64, device=DEVICE)
+    made = triton_pages.encode_pages(codec.to(DEVICE), nothing, nothing, None)
+    assert made.shape == (2, 0, codec.page_bytes)
 
 
 def test_unsupported_codecs_are_named():

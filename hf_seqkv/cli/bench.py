@@ -9,15 +9,14 @@ import argparse
 import os
 import sys
 
-from ..config import BITS, DATA_FREE
-from ..errors import ConfigError
-from . import bench_ablation, bench_codec, bench_exact, bench_quality, bench_replay, bench_store
+from ..config import BITS
+from . import bench_ablation, bench_codec, bench_exact, bench_quality, bench_replay, bench_roofline, bench_store
 from .options import (
     add_count,
     add_option_argument,
     add_output_arguments,
-    check_plot,
     chosen_options,
+    number,
     positive,
     several,
     show,
@@ -37,106 +36,6 @@ def add_parser(subparsers) -> None:
         add(pieces)
 
 
-def _number(text: str) -> float:
-    """Finite and not negative."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
-# -- roofline: what a GPU could do at best -----------------------------------------------------------------------
-
-MEAN_BITS = (*BITS, *(n / 4 for n in range(8, 20) if n % 4))
-
-
-def _add_roofline(pieces) -> None:
-    parser = pieces.add_parser(
-        "roofline",
-        help="upper bounds of a decode step on a GPU, from its data sheet",
-        description="Bytes, instructions and the bound of one decode step on a GPU that need not be here.",
-    )
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), a100-80, rtx4090, ...")
-    parser.add_argument(
-        "--model-config",
-        default="llama-3-8b",
-        metavar="PATH_OR_NAME",
-        help="config.json, its directory, a Hub repository, or llama-3-8b (default), smollm2-135m, ...",
-    )
-    whole = {"nargs": "+", "type": positive, "metavar": "N"}
-    parser.add_argument("--context", default=[8192, 32768, 131072], help="tokens (8192 32768 131072)", **whole)
-    parser.add_argument("--batch", default=[1, 8, 32], help="sequences (1 8 32)", **whole)
-    for side in ("key", "value"):
-        help_text = f"of a {side}'s codes ({DATA_FREE[f'{side}_bits']}); quarters, too, as calibrations mix them"
-        parser.add_argument(f"--{side}-bits", type=float, choices=MEAN_BITS, metavar="N", help=help_text)
-    parser.add_argument("--bits", nargs="+", type=int, choices=BITS, metavar="N", help="keys' and values', a rate each")
-    parser.add_argument("--weight-bits", type=_number, default=16, metavar="N", help="of a parameter (16)")
-    parser.add_argument("--launch-us", type=_number, default=4.0, metavar="US", help="of one kernel launch (4)")
-    parser.add_argument(
-        "--instructions",
-        nargs="+",
-        type=_count,
-        default=[],
-        metavar="BITS=N",
-        help="instructions a code of this width, in place of the recorded counts",
-    )
-    add_output_arguments(parser, "roofline.png")
-    parser.set_defaults(run=_run_roofline)
-
-
-def _count(text: str) -> tuple[int, float]:
-    bits, _, count = text.partition("=")
-    if not (bits.isdecimal() and count):
-        raise argparse.ArgumentTypeError(f"{text!r} is not BITS=N, such as 4=2.73")
-    return int(bits), _number(count)
-
-
-def _run_roofline(args: argparse.Namespace) -> int:
-    """Compute, print the table on stderr, and the rest as asked.
-
-    Raises:
-        ConfigError: No such GPU, or options that contradict each other.
-        SeqKVError: The model's config cannot be had or read.
-    """
-    from dataclasses import asdict
-
-    from ..eval import roofline, roofline_model, roofline_report
-
-    rates = [roofline.Rate(*bits) for bits in _rates(args)]
-    gpu = roofline.gpu(args.gpu)
-    check_plot(args.plot)
-    model = roofline_model.load(args.model_config)
-    given = roofline.Assumptions(
-        weight_bits=args.weight_bits,
-        launch_seconds=args.launch_us * 1e-6,
-        instructions=roofline.INSTRUCTIONS | roofline.ESTIMATES | dict(args.instructions),
-    )
-    rows = roofline.roofline(gpu, model, args.context, args.batch, rates, given)
-    result = {
-        "command": args.command,
-        "gpu": asdict(gpu),
-        "model": asdict(model),
-        "assumptions": asdict(given) | {"said": roofline_report.assumptions(gpu, model, rows, given)},
-        "rows": [row.to_dict() | {"verdict": roofline_report.verdict(row)} for row in rows],
-    }
-    show(args, roofline_report.table(gpu, model, rows, given), result)
-    if args.plot:
-        roofline_report.plot(gpu, model, rows, args.plot)
-    return 0
-
-
-def _rates(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """Bits of keys and of values, a pair a rate."""
-    if args.bits is None:
-        return [(args.key_bits or DATA_FREE["key_bits"], args.value_bits or DATA_FREE["value_bits"])]
-    if args.key_bits or args.value_bits:
-        raise ConfigError("--bits gives keys and values the same; leave it out, or --key-bits and --value-bits")
-    return [(bits, bits) for bits in args.bits]
-
-
 # -- kernels: a layer's attention on this processor -------------------------------------------------------------------
 
 
@@ -144,7 +43,7 @@ def _add_kernels(pieces) -> None:
     parser = pieces.add_parser(
         "kernels",
         help="a layer's attention here: the kernel over codes against torch over a dense cache",
-        description="Time one decode step of one layer's attention on this processor, checked against the reference.",
+        description="Time one decode step of one layer's attention on this machine, checked against the reference.",
     )
     _list(parser, "--shape", _shape, "32/8x128 9/3x64", "HQ/HKxD", "query heads, KV heads, components")
     _list(parser, "--tokens", positive, "512 1024 4096 16384 65536", "N", "tokens in the cache")
@@ -153,8 +52,10 @@ def _add_kernels(pieces) -> None:
     parser.add_argument("--center", action="store_true", help="c for every rate")
     _list(parser, "--threads", positive, f"1 {_cores()}" if _cores() > 1 else "1", "N", "threads")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of queries and dense windows (bfloat16)")
-    parser.add_argument("--seconds", type=_number, default=2.0, metavar="S", help="for the calls of a row (2)")
+    parser.add_argument("--seconds", type=number, default=2.0, metavar="S", help="for the calls of a row (2)")
     parser.add_argument("--warm", action="store_true", help="one cache for all calls, from the processor's caches")
+    parser.add_argument("--device", metavar="CUDA", help="a GPU, such as cuda; without it the processor")
+    _list(parser, "--batch", positive, "1 8 32", "N", "sequences, on a GPU")
     add_output_arguments(parser)
     parser.set_defaults(run=_run_kernels)
 
@@ -197,10 +98,11 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
     from ..eval import bench_kernels, bench_report, bench_timing
 
+    if args.device:
+        return _run_cuda_kernels(args)
     print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
     shapes = [bench_kernels.Shape(*shape) for shape in args.shape]
-    # "4" and "4c" are one rate where all are centred
-    rates = list(dict.fromkeys(bench_kernels.Rate(k, v, center or args.center) for k, v, center in args.bits))
+    rates = _kernel_rates(args)
     machine, backend = bench_timing.machine(), bench_kernels.chosen_backend()
     dtype = getattr(torch, args.dtype)
     rows = bench_kernels.bench(shapes, args.tokens, rates, args.threads, dtype, args.seconds, args.warm)
@@ -210,13 +112,39 @@ def _run_kernels(args: argparse.Namespace) -> int:
     return 0
 
 
-# -- decode: a small model's steps -----------------------------------------------------------------------------------
+def _kernel_rates(args: argparse.Namespace) -> list:
+    """Without repetition: "4" and "4c" are one rate where all are centred."""
+    from ..eval import bench_kernels
+
+    return list(dict.fromkeys(bench_kernels.Rate(k, v, center or args.center) for k, v, center in args.bits))
+
+
+def _run_cuda_kernels(args: argparse.Namespace) -> int:
+    """As `_run_kernels`, on a GPU.
+
+    Raises:
+        BackendError, ConfigError: As there.
+    """
+    import torch
+
+    from ..eval import bench_cuda, bench_kernels, bench_report, bench_timing
+
+    gpu, shapes = bench_cuda.gpu(args.device), [bench_kernels.Shape(*shape) for shape in args.shape]
+    measured = args.device, getattr(torch, args.dtype), args.seconds
+    rows = bench_cuda.bench(shapes, args.tokens, args.batch, _kernel_rates(args), *measured)
+    result = {"command": args.command, "machine": bench_timing.machine(), "gpu": gpu, "backend": "triton"}
+    result |= {"dtype": args.dtype, "rows": rows, "seconds": args.seconds, "baseline": bench_cuda.BASELINE}
+    show(args, bench_report.cuda_kernels(result), result)
+    return 0
+
+
+# -- decode: a model's steps -----------------------------------------------------------------------------------------
 
 
 def _add_decode(pieces) -> None:
     parser = pieces.add_parser(
         "decode",
-        help="whole decode steps of SmolLM2-135M-Instruct with each cache",
+        help="whole decode steps of a model (SmolLM2-135M-Instruct) with each cache",
         description="Time prefill and single decode steps with transformers' caches and this one, in turn.",
     )
     _list(parser, "--context", positive, "1024 8192", "N", "tokens of the prompt")
@@ -226,6 +154,10 @@ def _add_decode(pieces) -> None:
     caches = ("dynamic", "static", "seqkv")
     parser.add_argument("--caches", nargs="+", choices=caches, default=caches, help="which (dynamic static seqkv)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads (torch's default)")
+    parser.add_argument("--device", default="cpu", help="of the model, such as cuda (cpu)")
+    add_count(parser, "--batch", 1, "sequences, all the same")
+    named = "random weights of this shape: llama-3-8b, ..., a config.json or a Hub repository's (SmolLM2's own weights)"
+    parser.add_argument("--model-config", metavar="PATH_OR_NAME", help=named)
     add_option_argument(parser)
     add_output_arguments(parser)
     parser.set_defaults(run=_run_decode)
@@ -241,30 +173,47 @@ def _run_decode(args: argparse.Namespace) -> int:
     options = chosen_options(args)
     import torch
 
-    from ..eval import bench_decode, bench_kernels, bench_report, bench_timing, smollm2
+    from ..eval import bench_cuda, bench_decode, bench_kernels, bench_report, bench_timing
 
     print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
     machine, backend = bench_timing.machine(), bench_kernels.chosen_backend(options.get("backend", "auto"))
+    gpu = None
+    if args.device != "cpu":
+        gpu, backend = bench_cuda.gpu(args.device), "triton"
     before, runs = torch.get_num_threads(), []
     threads = args.threads or before
     try:
         for dtype in dict.fromkeys(args.dtype):
-            model, tokenizer, description = smollm2.load(getattr(torch, dtype))
+            model, tokens, description = _decoding(args, getattr(torch, dtype))
             torch.set_num_threads(threads)
             for context in args.context:
-                ids = bench_decode.prompt(tokenizer, context)
+                ids = tokens(context).to(args.device).repeat(args.batch, 1)
                 caches = tuple(dict.fromkeys(args.caches))
                 runs.append({"dtype": dtype, **bench_decode.bench(model, ids, args.new_tokens, caches, options)})
     finally:
         torch.set_num_threads(before)
-    result = {"command": args.command, "machine": machine, "backend": backend, "model": description}
+    result = {"command": args.command, "machine": machine, "gpu": gpu, "backend": backend, "model": description}
     result |= {"threads": threads, "options": options, "runs": runs}
     show(args, bench_report.decode(result), result)
     return 0
 
 
+def _decoding(args: argparse.Namespace, dtype):
+    """A model, what makes a prompt `[1, T]` for it, and what it is."""
+    import torch
+
+    from ..eval import bench_decode, smollm2
+
+    if args.model_config:
+        model = bench_decode.random_model(args.model_config, dtype, args.device)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        return model, lambda length: torch.arange(length)[None] % vocabulary, f"{args.model_config}, random weights"
+    model, tokenizer, description = smollm2.load(dtype)
+    return model.to(args.device), lambda length: bench_decode.prompt(tokenizer, length), description
+
+
 PIECES = (
-    _add_roofline,
+    bench_roofline.add,
     _add_kernels,
     _add_decode,
     bench_ablation.add,

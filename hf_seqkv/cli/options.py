@@ -61,6 +61,17 @@ def several(text: str) -> int:
     return positive(text, least=2)
 
 
+def number(text: str) -> float:
+    """Finite and not negative, as argparse's `type`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 def step(text: str) -> int | str:
     """A sequence codec's step, or the name of a preset, as argparse's `type`."""
     return int(text) if text.removeprefix("-").isdecimal() else text

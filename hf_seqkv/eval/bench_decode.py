@@ -10,38 +10,55 @@ import time
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from ..config import SeqKVConfig
 from ..errors import ConfigError
 from ..integration.cache import SeqKVCache
 from ..integration.compat import CACHE_NAME
 from ..integration.layer import SeqKVLayer
-from . import passages
+from . import passages, roofline_model
 from .bench_timing import spread, with_speedup
 
 CACHES = ("dynamic", "static", "seqkv")
 DENSE = ("dynamic", "static")
 TEXT = 4096  # tokens of a real text, which the demo's has
+LONGEST = 1 << 20  # positions that a model of random weights takes
 
 
 class PageClock:
-    """Seconds that the layers of a cache spend on making pages: encoding, and copying the tokens that stay dense."""
+    """Seconds that the layers of a cache spend on making pages: encoding, and copying the tokens that stay dense.
+
+    On a GPU those between events before and after: what runs there of it, and nothing waits.
+    """
 
     def __init__(self, cache):
-        self.seconds, self.pages = 0.0, 0
+        self.pages = 0
+        self._seconds: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         for layer in cache.layers:
             if isinstance(layer, SeqKVLayer):
                 self._watch(layer)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._seconds) + sum(first.elapsed_time(last) for first, last in self._events) / 1e3
 
     def _watch(self, layer: SeqKVLayer) -> None:
         flush = layer._flush
 
         def timed(source, plan):
-            start = time.perf_counter()
-            flush(source, plan)
-            self.seconds += time.perf_counter() - start
             self.pages += sum(due for _, _, due, _ in plan)
+            if source[0].device.type != "cuda":
+                start = time.perf_counter()
+                flush(source, plan)
+                self._seconds.append(time.perf_counter() - start)
+                return
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            flush(source, plan)
+            events[1].record()
+            self._events.append(tuple(events))
 
         layer._flush = timed
 
@@ -60,10 +77,25 @@ def make_cache(name: str, config, room: int, options: dict):
 
 
 def forward(model, ids: torch.Tensor, cache) -> float:
-    """Seconds of one forward of `ids [1, T]` through a cache."""
+    """Seconds of one forward of `ids [B, T]` through a cache, a GPU's work included."""
     start = time.perf_counter()
     model(ids, **{CACHE_NAME: cache}, logits_to_keep=1)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
     return time.perf_counter() - start
+
+
+def random_model(name: str, dtype: torch.dtype, device: str):
+    """A model of random weights, of a published shape (`roofline_model.PUBLISHED`) or a `config.json`.
+
+    Raises:
+        ConfigError, SeqKVError: There is no such config; see `roofline_model.load`.
+    """
+    config = AutoConfig.for_model(**roofline_model.config_of(name))
+    config.max_position_embeddings = max(config.max_position_embeddings, LONGEST)
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @torch.no_grad()
@@ -78,8 +110,8 @@ def bench(
     """Prefill and decode with every cache.
 
     Args:
-        model: A causal language model on the CPU.
-        ids: The prompt, `[1, T]`. Its first tokens are fed again as the new ones, to all caches the same.
+        model: A causal language model.
+        ids: The prompts, `[B, T]`, on its device. Their first tokens are fed again as the new ones, to all caches.
         new_tokens: Steps of each cache, at least 2. Every `page_size` steps one of them makes a page.
         options: Fields of `SeqKVConfig`.
 
@@ -116,9 +148,10 @@ def bench(
     steps = {name: {"step": spread(times[name]), "step_seconds": times[name]} for name in caches}
     found, baseline = against_dense(steps)
     for name, entry in found.items():
-        entry |= {"tokens_per_second": 1 / entry["step"]["median"], "prefill_seconds": prefill[name]}
+        entry |= {"tokens_per_second": len(ids) / entry["step"]["median"], "prefill_seconds": prefill[name]}
         if name == "seqkv":
             decode = clocks[name].seconds - prefill_pages[name]
+            entry["memory"] = held[name].memory()
             entry["pages"] = {
                 "prefill_seconds": prefill_pages[name],
                 "prefill_share": prefill_pages[name] / prefill[name],
@@ -126,7 +159,8 @@ def bench(
                 "decode_share": decode / sum(times[name]),
                 "steps": made,
             }
-    return {"context": context, "new_tokens": new_tokens, "baseline": baseline, "caches": found}
+    sizes = {"context": context, "batch": len(ids), "new_tokens": new_tokens}
+    return {**sizes, "baseline": baseline, "caches": found}
 
 
 def against_dense(found: dict[str, dict]) -> tuple[dict[str, dict], str | None]:

@@ -105,25 +105,28 @@ def page_count(tokens: int) -> int:
     return pages
 
 
-def make_view(codec: QuantizedPageCodec, tokens: int, center: bool, dtype: torch.dtype) -> LayerView:
-    """Cache of one layer and row: `tokens` random ones, in default windows of `dtype` and pages that repeat."""
+def make_view(
+    codec: QuantizedPageCodec, tokens: int, center: bool, dtype: torch.dtype, batch: int = 1
+) -> LayerView:
+    """Cache of one layer: `tokens` random ones a row, in default windows of `dtype` and pages that repeat."""
     config, count = SeqKVConfig(), page_count(tokens)
     heads, size, dim = codec.heads, codec.page_size, codec.key_dim
-    some = codec.encode(*(torch.randn(1, min(ENCODED, count), heads, size, dim) for _ in "kv"))
+    some = codec.encode(*(torch.randn(batch, min(ENCODED, count), heads, size, dim) for _ in "kv"))
     pages = some.repeat(1, -(-count // some.shape[1]), 1)[:, :count].contiguous()
     rest = tokens - config.n_sink - count * size
-    sinks, recent = ([torch.randn(1, heads, n, dim).to(dtype) for _ in "kv"] for n in (config.n_sink, rest))
-    constant = _center(heads, dim, size, config.n_sink + size * torch.arange(count)) if center else None
-    runs = DenseRun(*sinks, [0], [0]), DenseRun(*recent, [tokens - rest], [0])
-    return LayerView(codec, pages, [count], [config.n_sink], *runs, constant, tokens, 0)
+    sinks, recent = ([torch.randn(batch, heads, n, dim).to(dtype) for _ in "kv"] for n in (config.n_sink, rest))
+    constant = _center(batch, heads, dim, size, config.n_sink + size * torch.arange(count)) if center else None
+    zeros = [0] * batch
+    runs = DenseRun(*sinks, zeros, zeros), DenseRun(*recent, [tokens - rest] * batch, zeros)
+    return LayerView(codec, pages, [count] * batch, [config.n_sink] * batch, *runs, constant, tokens, 0)
 
 
-def _center(heads: int, dim: int, size: int, starts: torch.Tensor) -> Center:
+def _center(batch: int, heads: int, dim: int, size: int, starts: torch.Tensor) -> Center:
     """A random constant under RoPE of base 10000, pages starting at positions `starts [N]`."""
     frequencies = 10000.0 ** -(torch.arange(dim // 2) / (dim // 2))
     first, within = (n[:, None] * frequencies for n in (starts, torch.arange(size)))
     first, within = (torch.cat([x.cos(), x.sin()], -1) for x in (first, within))
-    return Center(torch.randn(1, heads, dim), first[None], within, False)
+    return Center(torch.randn(batch, heads, dim), first[None].expand(batch, -1, -1), within, False)
 
 
 def dense_routes(shape: Shape, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, copies: int) -> dict:
@@ -203,15 +206,15 @@ def verify(name: str, out: torch.Tensor, expected: torch.Tensor, tolerance: floa
     return error
 
 
-def copy_count(dense: int, all_bytes: int, cache: int, warm: bool) -> int:
+def copy_count(dense: int, all_bytes: int, cache: int, warm: bool, memory: float = MEMORY) -> int:
     """How many copies to turn over, for `dense` bytes of a bf16 copy and `all_bytes` of a copy for every way.
 
     Raises:
-        ConfigError: Not even one fits `MEMORY`.
+        ConfigError: Not even one fits `memory`.
     """
-    if all_bytes > MEMORY:
-        raise ConfigError(f"a copy takes {all_bytes / 1e9:.1f} GB, more than {MEMORY / 1e9:.0f}; ask for fewer tokens")
-    return 1 if warm else max(1, min(LAYERS, BEYOND * cache // dense + 1, int(MEMORY / all_bytes)))
+    if all_bytes > memory:
+        raise ConfigError(f"a copy takes {all_bytes / 1e9:.1f} GB, more than {memory / 1e9:.0f}; ask for fewer tokens")
+    return 1 if warm else max(1, min(LAYERS, BEYOND * cache // dense + 1, int(memory / all_bytes)))
 
 
 @torch.no_grad()

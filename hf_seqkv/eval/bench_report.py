@@ -19,9 +19,13 @@ def duration(*seconds: float) -> str:
 
 def head(result: dict) -> list[str]:
     """Machine, versions, and the command that gives these numbers again."""
-    machine = result["machine"]
+    machine, gpu = result["machine"], result.get("gpu")
     versions = machine["versions"]
+    lines = []
+    if gpu:
+        lines = [f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['cache'] / 2**20:.0f} MiB"]
     return [
+        *lines,
         f"{machine['cpu']}, {machine['cores']} usable cores, last-level cache "
         f"{machine['last_level_cache'] / 2**20:.0f} MiB; {machine['system']}",
         f"hf_seqkv {versions['hf_seqkv']}, torch {versions['torch']}, transformers {versions['transformers']}; "
@@ -57,13 +61,39 @@ def kernels(result: dict) -> str:
     return "\n".join([*lines, "", f"largest difference from the reference: {max(errors):.1e} of the largest output"])
 
 
+def cuda_kernels(result: dict) -> str:
+    """Three lines a row: on the GPU's clock, as bytes a second of it, and as called without a graph."""
+    lines = [
+        *head(result),
+        f"a step of one layer, {result['dtype']}: median on the GPU's own clock (a CUDA graph) and speed against "
+        f"{result['baseline']}; below, GB/s of keys and values; below, as called one by one, without a graph",
+    ]
+    for shape, rows in groupby(result["rows"], key=lambda row: row["shape"]):
+        rows = list(rows)
+        names = "".join(f"{name:>{WIDTH}}" for name in rows[0]["routes"])
+        lines += ["", f"{shape} (query heads / KV heads x components); bits of keys / values, c: constant part apart"]
+        lines.append(f"{'tokens':>7}{'batch':>6}{'copies':>7}{names}")
+        for row in rows:
+            found = row["routes"].values()
+            first = f"{row['tokens']:>7}{row['batch']:>6}{row['copies']:>7}"
+            for start, texts in (
+                (first, (f"{duration(x['device']['median'])} x{x['device']['speedup']:.2f}" for x in found)),
+                ("", (f"{x['gigabytes_per_second']:.0f} GB/s" for x in found)),
+                ("", (f"{duration(x['eager']['median'])} x{x['eager']['speedup']:.2f}" for x in found)),
+            ):
+                lines.append(f"{start:<{len(first)}}" + "".join(f"{text:>{WIDTH}}" for text in texts))
+    errors = [x["error"] for row in result["rows"] for x in row["routes"].values() if "error" in x]
+    return "\n".join([*lines, "", f"largest difference from the reference: {max(errors):.1e} of the largest output"])
+
+
 def decode(result: dict) -> str:
     """A block for every dtype and context, a line a cache."""
     lines = head(result)
     lines.append(f"{result['model']}; {result['threads']} threads; whole decode steps, taken in turn")
     for run in result["runs"]:
         best = run["baseline"]
-        lines += ["", f"{run['dtype']}, {run['context']} tokens and {run['new_tokens']} steps"]
+        of = f" of {run['batch']} sequences" if run["batch"] > 1 else ""
+        lines += ["", f"{run['dtype']}, {run['context']} tokens{of} and {run['new_tokens']} steps"]
         lines.append(f"{'':<10}{'median':>12}{'quartiles':>20}{'mean':>12}{'tokens/s':>10}{'':>22}{'prefill':>12}")
         for name, found in run["caches"].items():
             step = found["step"]

@@ -110,15 +110,25 @@ def load(name: str) -> ModelShape:
         ConfigError: The file is not a model's config, or lacks a size.
         UnsupportedModelError: The model has no keys and values that a page could hold.
     """
+    return from_config(config_of(name), name.lower() if name.lower() in PUBLISHED else name)
+
+
+def config_of(name: str) -> dict:
+    """Fields of a model's config, by the names that `load` takes.
+
+    Raises:
+        SeqKVError: There is no such model here or on the Hub; the message names the short names.
+        ConfigError: The file is not a model's config.
+    """
     short, path = name.lower(), Path(name)
     if short in PUBLISHED:
-        return from_config(PUBLISHED[short], short)
+        return PUBLISHED[short]
     if path.exists():
-        return from_config(_read(path / "config.json" if path.is_dir() else path), name)
+        return _read(path / "config.json" if path.is_dir() else path)
     close = difflib.get_close_matches(short, PUBLISHED, n=1)
     if close and "/" not in name:
         raise SeqKVError(f"no model {name!r}; did you mean {close[0]!r}? {_otherwise()}")
-    return from_config(_from_hub(name), name)
+    return _from_hub(name)
 
 
 def _otherwise() -> str:

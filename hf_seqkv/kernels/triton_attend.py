@@ -15,6 +15,7 @@ order: a row's result does not depend on its neighbours, the GPU or chance.
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import torch
@@ -80,13 +81,16 @@ def pages_each(count: int) -> int:
     return min(max(2, _power(count, 1) // 32), 16)
 
 
-def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
-    """What the kernels need to know of each row, `[7, B]` int32, copied without waiting."""
-    each = [pages_each(count) for count in view.counts]
-    dense = view.sinks.slots, view.sinks.begin, view.recent.slots, view.recent.begin
-    numbers = torch.tensor(
-        [view.counts, view.page_slots, *dense, each], dtype=torch.int32, pin_memory=device.type == "cuda"
-    )
+@functools.lru_cache(maxsize=16)
+def _numbers(rows: tuple, device: torch.device, stream) -> torch.Tensor:
+    """What the kernels need to know of each row, `[7, B]` int32, copied without waiting; the layers of a step share it.
+
+    Args:
+        rows: Six numbers a row, as `LayerView` has them.
+        stream: On which it is copied, and may be read.
+    """
+    each = [pages_each(count) for count in rows[0]]
+    numbers = torch.tensor([*rows, each], dtype=torch.int32, pin_memory=stream is not None)
     return numbers.to(device, non_blocking=True)
 
 
@@ -104,7 +108,9 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     least = 8 if use_tables(device) else 16
     block = min(_power(rows, least), 8 if key.pieces[0][0] else 16)
     blocks = batch * heads * -(-rows // block)
-    ints = _numbers(view, device)
+    dense = view.sinks.slots, view.sinks.begin, view.recent.slots, view.recent.begin
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    ints = _numbers(tuple(map(tuple, (view.counts, view.page_slots, *dense))), device, stream)
     parts = max((-(-n // pages_each(n)) for n in view.counts), default=0) + 1
     pages = _dense_last(view.pages)
     half = 0 if view.center is None else view.center.relative.shape[-1] // 2

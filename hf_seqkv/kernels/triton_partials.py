@@ -21,6 +21,12 @@ def partials_options(tables: bool, uniform: bool) -> dict:
     return {"num_warps": 1, "maxnreg": 255} if tables else {"num_warps": 4 if uniform else 8}
 
 
+@triton.jit
+def empty_mix(SIZE: tl.constexpr, RB: tl.constexpr):
+    """Zeros `[SIZE, RB]` fp32. Triton 3.6 takes a number of a tuple as an argument, not in a shape."""
+    return tl.zeros([SIZE, RB], tl.float32)
+
+
 @triton.jit(do_not_specialize=VARY)
 def partials(
     rotated, factors, constants, coefficients, starts, relative, pages, ints, mask, mixed, tops, totals,
@@ -85,7 +91,7 @@ def partials(
             base += tl.sum(q[j].to(tl.float32) * tl.load(key_middle + h * D + place)[:, None], 0)
             key_words += (load_tables(key_tables + h * 64, KEYS[j][0]),)
     for j in tl.static_range(len(VALUES)):
-        acc += (tl.zeros([VALUES[j][2], RB], tl.float32),)
+        acc += (empty_mix(VALUES[j][2], RB),)
         if TABLES:
             value_words += (load_tables(value_tables + h * 64, VALUES[j][0]),)
     if CENTER:
