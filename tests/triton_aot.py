@@ -30,20 +30,19 @@ REQUIRED = {("4x4 d128", "sm_80"): 3.3, ("4x4 d128", "sm_90"): 3.3, ("2x2 d128",
             ("3.5x2.5 d64", "sm_90"): 5.0}  # fmt: skip
 
 _TYPES = {
-    "fp16": "rotated relative key_levels value_levels",
+    "fp16": "relative key_levels value_levels",
     "bf16": "query sink_k sink_v recent_k recent_v side_k side_v out k v",
     "i32": "pages ints key_tables key_widths key_offsets value_tables value_widths value_offsets widths offsets",
     "i64": "side_slots",
-    "fp32": "factors constants coefficients starts mixed tops totals key_middle value_middle matrix norm key_mean "
-    "center_mean mask value_mean sink_logits key_center key_matrix key_weight key_edges value_matrix value_weight "
-    "value_edges levels",
+    "fp32": "prepared starts sums key_middle value_middle matrix norm key_mean center_mean mask value_mean sink_logits "
+    "key_center key_matrix key_weight key_edges value_matrix value_weight value_edges levels",
 }
 _POINTERS = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 # Of the kernels of pages, which see bytes and levels as they are.
 _PAGES = {"pages": "u8", "key_levels": "fp32", "value_levels": "fp32", "out": "fp32", "relative": "fp32"}
 _FLOATS = {"softcap", "scale"}
 # Numbers that are multiples of 16 in any real cache, as the launcher finds out.
-_ALIGNED = {"batch_words", "page_words", "key_codes", "key_scales", "value_codes", "value_scales", "starts_b",
+_ALIGNED = {"batch_words", "page_words", "key_codes", "key_scales", "value_codes", "value_scales",
             "starts_n", "qb", "qh", "qt", "page_bytes", "kb", "kn", "kh", "kt", "vb", "vn", "vh", "vt"}  # fmt: skip
 
 
@@ -103,7 +102,7 @@ def _constants(kernel, target: str, given: dict) -> dict:
         "H": 8, "ROWS": 4, "RB": 16 if amd else 8, "D": dim, "DP": padded, "DV": dim, "DVP": padded, "KEYS": [],
         "KU": 0, "VALUES": [], "VU": 0, "HALF": dim // 2, "HP": padded // 2, "SOFTCAP": False, "MASK": 0,
         "INTERLEAVED": False, "SIDE": True, "SINKS": True, "KEY_FIT": True, "VALUE_FIT": True, "NARROW": False,
-        "CENTER": kernel.fn.__name__ != "partials",
+        "CENTER": kernel.fn.__name__ != "partials", "PRECISION": "ieee" if amd else "tf32x3", "PART": min(padded, 64),
     }  # fmt: skip
     usual.update(given)
     for side, uniform in (("KEYS", "KU"), ("VALUES", "VU")):
@@ -123,8 +122,9 @@ def compile_kernel(kernel, target: str, given: dict):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from hf_seqkv.kernels.triton_pages import ENCODE, UNPACK
     from hf_seqkv.kernels.triton_partials import partials, partials_options
-    from hf_seqkv.kernels.triton_rows import WARPS
+    from hf_seqkv.kernels.triton_rows import OPTIONS
 
     constants = _constants(kernel, target, given)
     pointers = {**_POINTERS, **_PAGES} if "_kernel" in kernel.fn.__name__ else _POINTERS
@@ -138,11 +138,9 @@ def compile_kernel(kernel, target: str, given: dict):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
-    options = {"num_warps": 8 if "encode" in kernel.fn.__name__ else 4}
+    options = {"encode_kernel": ENCODE, "unpack_kernel": UNPACK}.get(kernel.fn.__name__, OPTIONS)
     if kernel is partials:
         options = partials_options(constants["KEYS"][0][0] > 0, constants["KU"] > 0)
-    elif kernel.fn.__name__ in WARPS:
-        options = {"num_warps": WARPS[kernel.fn.__name__]}
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         compiled = triton.compile(source, target=where, options=options)

@@ -16,6 +16,9 @@ from ..codec.center import Center
 from ..codec.page import QuantizedPageCodec
 from .triton_gather import gather_codes
 from .triton_scales import load_narrow, nearest_byte, number_of
+from .triton_softmax import FUSED, VARY
+
+ENCODE, UNPACK = {"num_warps": 8, **FUSED}, {"num_warps": 4, **FUSED}
 
 
 @triton.jit
@@ -152,7 +155,7 @@ def _encode(
                 shift += tl.where(here, 8 >> i, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def encode_kernel(
     k, v, pages, key_center, starts, relative,
     key_mean, key_matrix, key_weight, key_edges, key_levels, key_widths, key_offsets,
@@ -264,7 +267,7 @@ def encode_pages(codec: QuantizedPageCodec, k: torch.Tensor, v: torch.Tensor, ce
         KU=key.uniform, VU=value.uniform, KEY_MOST=key.most, VALUE_MOST=value.most, KEY_FIT=key.fit,
         VALUE_FIT=value.fit, CENTER=center is not None, HALF=0 if center is None else relative.shape[-1] // 2,
         INTERLEAVED=center is not None and center.interleaved,
-        NARROW=codec.key.scale_bits == 8, num_warps=8,
+        NARROW=codec.key.scale_bits == 8, **ENCODE,
     )  # fmt: skip
     return pages
 
@@ -279,6 +282,6 @@ def unpack_pages(codec: QuantizedPageCodec, pages: torch.Tensor, side: int) -> t
         unpack_kernel[len(flat), codec.heads](
             flat, table.levels, table.widths, table.offsets, out, codec.page_bytes, codes, scales,
             H=codec.heads, D=vectors.dim, DP=_power(vectors.dim), UNIFORM=table.uniform,
-            NARROW=vectors.scale_bits == 8, num_warps=4,
+            NARROW=vectors.scale_bits == 8, **UNPACK,
         )  # fmt: skip
     return out

@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 
 from .triton_gather import gather_tile
+from .triton_rows import softmax_sums
 from .triton_scales import load_narrow
-from .triton_softmax import LOWEST, VARY, constant_part, limit, mask_row, reorder, softmax
+from .triton_softmax import FUSED, LOWEST, VARY, constant_part, limit, mask_row, reorder, softmax
 from .triton_tile import component_of, key_tile, load_shifts, load_tables, token_of, value_tile
 
 
 def partials_options(tables: bool, uniform: bool) -> dict:
     """How `partials` is compiled: one warp keeps tables, tile and softmax to itself; gathering wants more."""
-    return {"num_warps": 1, "maxnreg": 255} if tables else {"num_warps": 4 if uniform else 8}
+    return FUSED | ({"num_warps": 1, "maxnreg": 255} if tables else {"num_warps": 4 if uniform else 8})
 
 
 @triton.jit
@@ -27,9 +28,9 @@ def empty_mix(SIZE: tl.constexpr, RB: tl.constexpr):
     return tl.zeros([SIZE, RB], tl.float32)
 
 
-@triton.jit(do_not_specialize=VARY)
+@triton.jit(do_not_specialize=VARY, do_not_specialize_on_alignment=["mask"])
 def partials(
-    rotated, factors, constants, coefficients, starts, relative, pages, ints, mask, mixed, tops, totals,
+    prepared, starts, relative, pages, ints, mask, sums,
     key_tables, key_middle, key_levels, key_widths, key_offsets,
     value_tables, value_middle, value_levels, value_widths, value_offsets,
     batch_words, page_words, key_codes, key_scales, value_codes, value_scales, starts_b, starts_n, mb, mh, ms,
@@ -38,7 +39,7 @@ def partials(
     KEYS: tl.constexpr, KU: tl.constexpr, VALUES: tl.constexpr, VU: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
     CENTER: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """A head's block of rows over a run of pages: `mixed [pairs, parts, rows, DV]`, `tops` and `totals` without `DV`.
+    """A head's block of rows over a run of pages: from `prepared` to a part of `sums`, see `triton_rows`.
 
     `KEYS` and `VALUES` are the pieces (`triton_tile`) that tables expand; where they have no width, codes of `KU` and
     `VU` bits (0: each component its own) are gathered. Offsets of sections are in words of their content: int32 for
@@ -72,9 +73,11 @@ def partials(
     r = part * RB + lane
     row, here = mask_row(b, h, r % ROWS, ROWS // steps, steps, length, mb, mh, ms)
     limits = (offset, window, ahead, softcap, column)
-    factor = tl.load(factors + block)
-    constant = tl.load(constants + block * RB + lane)
-    line = rotated + block * DP * RB + lane[None, :]
+    record = prepared + block * RB * (DP // 2 + 2 + (2 * HP if CENTER else 0))
+    line = record.to(tl.pointer_type(tl.float16)) + lane[None, :]
+    record += DP // 2 * RB
+    factor = tl.load(record)
+    constant = tl.load(record + RB + lane)
     base = tl.zeros([RB], tl.float32)
     token = tl.arange(0, 64)
     q, acc, key_words, value_words = (), (), (), ()
@@ -99,12 +102,12 @@ def partials(
         turn = relative + token[:, None] * HP + i[None, :]  # [cos, sin][high, low][64][HP] fp16
         cos_high, cos_low = tl.load(turn), tl.load(turn + 64 * HP)
         sin_high, sin_low = tl.load(turn + 128 * HP), tl.load(turn + 192 * HP)
-        turns = coefficients + block * 2 * HP * RB + i[:, None] * RB + lane[None, :]
+        turns = record + 2 * RB + i[:, None] * RB + lane[None, :]
         start = starts + b.to(tl.int64) * starts_b
 
     head_pages = pages + b.to(tl.int64) * batch_words
     ones = tl.full([16, 64], 1, tl.float16)
-    sums = tl.zeros([16, RB], tl.float32)
+    weighed = tl.zeros([16, RB], tl.float32)
     top = tl.full([RB], LOWEST, tl.float32)
     tot = tl.zeros([8, RB], tl.float32)
     largest = factor * 0 + 1e-30
@@ -160,7 +163,7 @@ def partials(
             weights = (p * (value_scale * (32768 / most))[:, None]).to(tl.float16)
             if TABLES:
                 weights = reorder(weights, RB)
-                sums = tl.dot(ones, weights, sums * shrink[None, :])
+                weighed = tl.dot(ones, weights, weighed * shrink[None, :])
             codes = page + value_codes
             mix = ()
             for j in tl.static_range(len(VALUES)):
@@ -177,14 +180,15 @@ def partials(
     unit = largest / 32768
     if SOFTCAP:
         constant = tl.zeros([RB], tl.float32)
-    at = (pair * parts + split) * ROWS + r
+    tops, totals = softmax_sums(sums, batch, parts, H, ROWS, DV)
+    at = (pair.to(tl.int64) * parts + split) * ROWS + r
     valid = r < ROWS
     tl.store(tops + at, top + constant, mask=valid)
     tl.store(totals + at, tl.sum(tot, 0), mask=valid)
-    line = mixed + at[None, :] * DV
+    line = sums + at[None, :] * DV
     for j in tl.static_range(len(VALUES)):
         e = VALUES[j][1] + tl.arange(0, VALUES[j][2])
         found = acc[j]
         if TABLES:
-            found += tl.load(value_middle + h * DV + e)[:, None] * tl.max(sums, 0)[None, :]
+            found += tl.load(value_middle + h * DV + e)[:, None] * tl.max(weighed, 0)[None, :]
         tl.store(line + e[:, None], found * unit, mask=valid[None, :] & (e < DV)[:, None])

@@ -8,10 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FUSED = {"enable_fp_fusion": True}  # of all kernels: the default differs from Triton to Triton
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4e38)  # of a maximum, so that differences of maxima are numbers
-# What changes from step to step is not worth a compilation.
-VARY = ["parts", "sinks", "recents", "sides", "length", "offset"]
+# What changes from step to step, or with the batch or a mask, is not worth a compilation.
+VARY = [
+    *("batch", "parts", "splits", "sinks", "recents", "sides", "sink_room", "recent_room", "side_room"),
+    *("length", "offset", "window", "ahead", "mb", "mh", "ms", "starts_b", "count"),
+]
 
 
 @triton.jit
