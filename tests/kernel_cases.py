@@ -99,7 +99,7 @@ def make_center(case, pages):
     return Center(
         mean=torch.randn(len(case.counts), case.heads, case.dim),
         starts=1.2 * torch.cat([first.cos(), first.sin()], -1),
-        relative=torch.cat([angle.cos(), angle.sin()], -1),
+        relative=torch.cat([angle.cos(), angle.sin()], -1).half().float(),
         interleaved=case.interleaved,
     )
 

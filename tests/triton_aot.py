@@ -140,7 +140,8 @@ def compile_kernel(kernel, target: str, given: dict):
     where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     options = {"encode_kernel": ENCODE, "unpack_kernel": UNPACK}.get(kernel.fn.__name__, OPTIONS)
     if kernel is partials:
-        options = partials_options(constants["KEYS"][0][0] > 0, constants["KU"] > 0)
+        plain = not (constants["CENTER"] or constants["MASK"] or constants["SOFTCAP"])
+        options = partials_options(constants["KEYS"][0][0] > 0, plain, constants["D"])
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         compiled = triton.compile(source, target=where, options=options)

@@ -20,12 +20,16 @@ import torch
 
 
 def relative_table(rows: torch.Tensor) -> torch.Tensor:
-    """Turn of every token of a page relative to its first: rows `[P, 2 * half]` to a table of the same shape."""
+    """Turn of every token of a page relative to its first: rows `[P, 2 * half]` to a table of the same shape.
+
+    Rounded to numbers of fp16, which matrix units multiply exactly: a constant part that is turned by other numbers
+    than the model's is as good, as long as all turn it by the same.
+    """
     half = rows.shape[-1] // 2
     cos, sin = rows[:, :half].double(), rows[:, half:].double()
     power = (cos[0] ** 2 + sin[0] ** 2).clamp_min(1e-30)
     turned = [(cos * cos[0] + sin * sin[0]) / power, (sin * cos[0] - cos * sin[0]) / power]
-    return torch.cat(turned, -1).float()
+    return torch.cat(turned, -1).half().float()
 
 
 def expand_rows(starts: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
@@ -84,7 +88,7 @@ class Center:
     Args:
         mean: Constant key before RoPE, `[B, H, D]` fp32.
         starts: Row of each page's first token, `[B, N, 2 * half]` fp32.
-        relative: `[P, 2 * half]` fp32.
+        relative: `[P, 2 * half]` fp32, of numbers that fp16 has too.
         interleaved: Whether RoPE pairs neighbours (`2i, 2i + 1`) or halves (`i, i + half`).
     """
 

@@ -126,7 +126,7 @@ def _center(batch: int, heads: int, dim: int, size: int, starts: torch.Tensor) -
     frequencies = 10000.0 ** -(torch.arange(dim // 2) / (dim // 2))
     first, within = (n[:, None] * frequencies for n in (starts, torch.arange(size)))
     first, within = (torch.cat([x.cos(), x.sin()], -1) for x in (first, within))
-    return Center(torch.randn(batch, heads, dim), first[None].expand(batch, -1, -1), within, False)
+    return Center(torch.randn(batch, heads, dim), first[None].expand(batch, -1, -1), within.half().float(), False)
 
 
 def dense_routes(shape: Shape, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, copies: int) -> dict:

@@ -61,15 +61,13 @@ def use_tables(device: torch.device) -> bool:
 
 
 def _relative(relative: torch.Tensor, wide: int) -> torch.Tensor:
-    """Relative table `[P, 2 * half]` as `[cos | sin, high | low, P, wide]` fp16, made once."""
+    """Relative table `[P, 2 * half]` as `[cos | sin, P, wide]` fp16, made once."""
     version = None if relative.is_inference() else relative._version
     found = _RELATIVE.get(relative)
     if found is None or found[0] != (version, wide):
         half = relative.shape[-1] // 2
-        parts = torch.nn.functional.pad(relative.unflatten(-1, (2, half)).transpose(0, 1), (0, wide - half))
-        high = parts.half()
-        split = torch.stack([high, (parts - high.float()).half()], 1).contiguous()
-        found = _RELATIVE[relative] = ((version, wide), split)
+        parts = relative.half().unflatten(-1, (2, half)).transpose(0, 1)
+        found = _RELATIVE[relative] = ((version, wide), torch.nn.functional.pad(parts, (0, wide - half)).contiguous())
     return found[1]
 
 
@@ -173,7 +171,8 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         sections = codec.sections
         scale_bytes = codec.key.scale_bits // 8
         at = [sections[name][0] // (4 if "codes" in name else scale_bytes) for name in sections]
-        options = partials_options(key.pieces[0][0] > 0, key.uniform * value.uniform > 0)
+        plain = view.center is None and mask is None and not cap
+        options = partials_options(key.pieces[0][0] > 0, plain, max(dim, value_dim))
         partials[blocks, splits](
             prepared, starts, relative, pages.view(torch.int32), ints, bias, sums, *key.arguments, *value.arguments,
             pages.stride(0) // 4, pages.stride(1) // 4, *at,

@@ -13,13 +13,20 @@ import triton.language as tl
 from .triton_gather import gather_tile
 from .triton_rows import softmax_sums
 from .triton_scales import load_narrow
-from .triton_softmax import FUSED, LOWEST, VARY, constant_part, limit, mask_row, reorder, softmax
+from .triton_softmax import FUSED, LOWEST, VARY, exact_dot, limit, mask_row, reorder, softmax
 from .triton_tile import component_of, key_tile, load_shifts, load_tables, token_of, value_tile
 
 
-def partials_options(tables: bool, uniform: bool) -> dict:
-    """How `partials` is compiled: one warp keeps tables, tile and softmax to itself; gathering wants more."""
-    return FUSED | ({"num_warps": 1, "maxnreg": 255} if tables else {"num_warps": 4 if uniform else 8})
+def partials_options(tables: bool, plain: bool, dim: int) -> dict:
+    """How `partials` is compiled: one warp keeps tables, tile and softmax to itself; gathering wants two.
+
+    The fewer registers and shared bytes a warp has, the more warps hide each other's waiting; fewer would be spilt. Of
+    four warps or more Hopper's compiler makes groups, whose products came out wrong (Triton 3.6, gathered levels with a
+    constant part).
+    """
+    if not tables:
+        return FUSED | {"num_warps": 2}
+    return FUSED | {"num_warps": 1, "num_stages": 2, "maxnreg": (168 if dim <= 128 else 200) if plain else 255}
 
 
 @triton.jit
@@ -99,9 +106,8 @@ def partials(
             value_words += (load_tables(value_tables + h * 64, VALUES[j][0]),)
     if CENTER:
         i = tl.arange(0, HP)
-        turn = relative + token[:, None] * HP + i[None, :]  # [cos, sin][high, low][64][HP] fp16
-        cos_high, cos_low = tl.load(turn), tl.load(turn + 64 * HP)
-        sin_high, sin_low = tl.load(turn + 128 * HP), tl.load(turn + 192 * HP)
+        turn = relative + token[:, None] * HP + i[None, :]  # [cos, sin][64][HP] fp16
+        turn_cos, turn_sin = tl.load(turn), tl.load(turn + 64 * HP)
         turns = record + 2 * RB + i[:, None] * RB + lane[None, :]
         start = starts + b.to(tl.int64) * starts_b
 
@@ -129,13 +135,6 @@ def partials(
                 scales = page.to(tl.pointer_type(tl.bfloat16)) + h * 64 + token
                 key_scale = tl.load(scales + key_scales).to(tl.float32)
                 value_scale = tl.load(scales + value_scales).to(tl.float32)
-            if CENTER:
-                cos = tl.load(start + n * starts_n + i, mask=i < HALF, other=0)[:, None]
-                sin = tl.load(start + n * starts_n + HALF + i, mask=i < HALF, other=0)[:, None]
-                a, c = tl.load(turns), tl.load(turns + HP * RB)
-                extra = (
-                    constant_part(cos_high, cos_low, sin_high, sin_low, a * cos + c * sin, c * cos - a * sin) * factor
-                )
             y = tl.broadcast_to(base[None, :], (64, RB))
             codes = page + key_codes
             for j in tl.static_range(len(KEYS)):
@@ -146,9 +145,14 @@ def partials(
                     tile = gather_tile(codes, again, key_levels, key_widths, key_offsets, D, KEYS[j][1], KEYS[j][2], KU)
                     tile = tl.trans(tile)
                 y = tl.dot(tile, q[j], y)
-            y *= (key_scale * factor)[:, None]
+            y *= key_scale[:, None]
             if CENTER:
-                y += extra
+                cos = tl.load(start + n * starts_n + i, mask=i < HALF, other=0)[:, None]
+                sin = tl.load(start + n * starts_n + HALF + i, mask=i < HALF, other=0)[:, None]
+                a, c = tl.load(turns), tl.load(turns + HP * RB)
+                y = exact_dot(turn_cos, a * cos + c * sin, y)
+                y = exact_dot(turn_sin, c * cos - a * sin, y)
+            y *= factor
             if SOFTCAP:
                 y += constant[None, :]
             if EDGE:
