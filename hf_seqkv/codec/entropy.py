@@ -50,55 +50,61 @@ def lanes(count: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
+# Indices are unsigned: others are checked for being negative in every access.
 @njit(**_OPTIONS)
 def _encode(symbols, classes, reciprocals, entries, limits, states, words, escapes):
-    """Fill `states`, `words` from its end and `escapes` from its start; returns the first word and escapes' end."""
-    count, step, end = _u64(symbols.size), _u64(states.size), _u64(0)
-    for i in range(count):
-        value, limit = np.int64(symbols[i]), limits[classes[i]]
-        if abs(value) > limit:
-            excess = value - limit - 1 if value > 0 else value + limit
-            rest = _u64(2 * excess if excess >= 0 else -2 * excess - 1)
-            while rest >= _u64(128):
-                escapes[end] = np.uint8(rest & _u64(127) | _u64(128))
-                end += _u64(1)
-                rest >>= _u64(7)
-            escapes[end] = np.uint8(rest)
-            end += _u64(1)
+    """Fill `states`, and `words` and `escapes` from their ends; returns the first of each."""
+    step, first, begin = _u64(states.size), _u64(words.size), _u64(escapes.size)
     states[:] = 1 << 16
-    first = _u64(words.size)
-    for back in range(count):
-        i = count - _u64(1) - back
+    i = _u64(symbols.size)
+    while i > _u64(0):
+        i -= _u64(1)
         lane = i & (step - _u64(1))
         column = min(_u32(_u32(symbols[i]) + _u32(LIMIT)), _u32(ESCAPE))
         at = _u32(classes[i]) << _u32(8) | column
-        frequency, start = _u64(entries[at] >> _u32(16)), _u64(entries[at] & _u32(0xFFFF))
-        state = _u64(states[lane])
-        if state >= frequency << _u64(32 - TOTAL_BITS):
+        entry, state = entries[at], states[lane]
+        frequency, start = entry >> _u32(16), entry & _u32(0xFFFF)
+        if start + frequency == _u32(TOTAL):  # the escape's column is the last
+            begin = _escape(np.int64(symbols[i]), np.int64(limits[classes[i]]), escapes, begin)
+        if state >> _u32(32 - TOTAL_BITS) >= frequency:
             first -= _u64(1)
-            words[first] = np.uint16(state & _u64(0xFFFF))
-            state >>= _u64(16)
-        quotient = (state * reciprocals[at]) >> _u64(44)
-        states[lane] = _u32(state + quotient * (_u64(TOTAL) - frequency) + start)
-    return first, end
+            words[first] = np.uint16(state)
+            state >>= _u32(16)
+        quotient = _u32(_u64(state) * reciprocals[at] >> _u64(44))
+        states[lane] = _u32(state + quotient * (_u32(TOTAL) - frequency) + start)
+    return first, begin
 
 
 @njit(**_OPTIONS)
-def _decode(classes, entries, limits, states, words, last, escapes, values):
+def _escape(value, limit, escapes, end):
+    """Write an escape that ends there; returns where it begins."""
+    excess = value - limit - 1 if value > 0 else value + limit
+    rest = _u64(2 * excess if excess >= 0 else -2 * excess - 1)
+    size = _u64(1)
+    while rest >> (_u64(7) * size):
+        size += _u64(1)
+    for k in range(size):
+        more = _u64(128 if k + _u64(1) < size else 0)
+        escapes[end - size + k] = np.uint8(rest >> (_u64(7) * k) & _u64(127) | more)
+    return end - size
+
+
+@njit(**_OPTIONS)
+def _decode(classes, columns, entries, limits, states, words, last, escapes, values):
     """Fill `values`. `words` has room for a step's reads behind its `last` one, whatever the states are."""
     count, step, at, mask = _u64(values.size), _u64(states.size), _u64(0), _u32(TOTAL - 1)
     base = _u64(0)
     while base < count:
         for lane in range(min(step, count - base)):
-            state = states[lane]
-            entry = entries[_u32(classes[base + lane]) << _u32(TOTAL_BITS) | (state & mask)]
-            values[base + lane] = np.int32(entry >> _u32(24)) - np.int32(LIMIT)
-            frequency, offset = ((entry >> _u32(12)) & _u32(0xFFF)) + _u32(1), entry & _u32(0xFFF)
-            state = _u32(frequency * (state >> _u32(TOTAL_BITS)) + offset)
-            if state < _u32(1 << 16):
-                state = _u32(state << _u32(16) | _u32(words[at]))
-                at += _u64(1)
-            states[lane] = state
+            state, kind = states[lane], _u32(classes[base + lane])
+            slot = state & mask
+            column = columns[kind << _u32(TOTAL_BITS) | slot]
+            values[base + lane] = np.int32(column) - np.int32(LIMIT)
+            entry = entries[kind << _u32(8) | _u32(column)]
+            state = _u32((entry >> _u32(16)) * (state >> _u32(TOTAL_BITS)) + slot - (entry & _u32(0xFFFF)))
+            low, more = state < _u32(1 << 16), _u32(state << _u32(16) | _u32(words[at]))  # no branch: none foretells it
+            states[lane] = more if low else state
+            at += _u64(low)
         if at > last:
             return _WORDS_OFF
         base += step
@@ -152,9 +158,9 @@ def encode(symbols: torch.Tensor, classes: torch.Tensor, tables: SymbolTables) -
     states, words = np.empty(lanes(classes.size), np.uint32), np.empty(classes.size, np.uint16)
     escapes = np.empty(5 * classes.size, np.uint8)
     symbols = np.ascontiguousarray(symbols.cpu().to(torch.int32).numpy())
-    first, end = _encode(symbols, classes, *tables.encoder, states, words, escapes)
+    first, begin = _encode(symbols, classes, *tables.encoder, states, words, escapes)
     words = words[first:]
-    parts = (np.array([words.size], "<u4"), states.astype("<u4"), words.astype("<u2"), escapes[:end])
+    parts = (np.array([words.size], "<u4"), states.astype("<u4"), words.astype("<u2"), escapes[begin:])
     return b"".join(part.tobytes() for part in parts)
 
 

@@ -79,17 +79,17 @@ class SymbolTables:
         return torch.from_numpy((TOTAL_BITS - np.log2(coded) + _escape_bits(self._limits)).astype(np.float32))
 
     @functools.cached_property
-    def decoder(self) -> tuple[np.ndarray, np.ndarray]:
-        """For every slot `column << 24 | frequency - 1 << 12 | slot - start`, `[C * 4096]` uint32; limits `[C]`."""
-        frequency = np.repeat(self._table.ravel(), self._table.ravel())
-        column = np.repeat(np.tile(np.arange(ESCAPE + 1), len(self._table)), self._table.ravel())
-        start = np.repeat((self._table.cumsum(1) - self._table).ravel(), self._table.ravel())
-        slot = np.tile(np.arange(TOTAL), len(self._table))
-        return (column << 24 | frequency - 1 << 12 | slot - start).astype(np.uint32), self._limits
+    def decoder(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Column of every slot, `[C * 4096]` uint8; entries and limits as for the encoder.
+
+        Two small tables instead of one that holds all: those of the classes in use then stay in the second cache.
+        """
+        columns = np.repeat(np.tile(np.arange(ESCAPE + 1, dtype=np.uint8), len(self._table)), self._table.ravel())
+        return columns, *self.encoder[1:]
 
     @functools.cached_property
     def encoder(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For every column, `[C * 256]`: reciprocals uint64, `frequency << 16 | start` uint32; limits `[C]`.
+        """For every column, `[C * 256]`: reciprocals uint64, entries `frequency << 16 | start` uint32; limits `[C]`.
 
         `x // frequency == x * ceil(2**44 / frequency) >> 44` for `x < frequency << 20`, within 64 bits. Values out of
         range have the escape's entries.
