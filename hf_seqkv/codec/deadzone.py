@@ -9,7 +9,6 @@ random variables", 1996. `LAMBDA` is `6 ln 2 / 36`, the slope of distortion agai
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -27,38 +26,40 @@ _MOST = np.float32(2**30)  # a symbol fits 32 bits whatever the coefficient
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
-# Indices are unsigned: others are checked for being negative in every access. Most coefficients become 0 or 1, as
-# likely as not, so that choice is made without a branch: from a threshold on, 1 costs less.
+# Indices are unsigned: others are checked for being negative in every access. Coefficients are read in their own order,
+# and symbols scattered: a read from anywhere is waited for, a write is not. Most coefficients become 0 or 1, as likely as
+# not, so that choice is made without a branch: from a threshold on, 1 costs less. Those of 1.5 or more come after.
 @njit(**_OPTIONS)
-def _quantise(x, which, order, classes, scales, bits, offsets, symbols, out):
-    zero, weight = np.uint64(LIMIT), np.float32(LAMBDA)
+def _quantise(x, which, kinds, places, scales, bits, offsets, symbols, out):
+    zero, half, most = np.uint64(LIMIT), np.float32(0.5), np.float32(1.5)
+    weight, count = half * np.float32(LAMBDA), np.uint64(kinds.shape[1])
+    up, down, one = np.empty((3, bits.shape[0]), np.float32)
+    for kind in range(np.uint64(bits.shape[0])):
+        prices = bits[kind]
+        up[kind] = max(half, half + weight * (prices[zero + np.uint64(1)] - prices[zero]))
+        down[kind] = -max(half, half + weight * (prices[zero - np.uint64(1)] - prices[zero]))
+        one[kind] = np.float32(1) + offsets[kind, np.uint64(0)]
+    large = np.empty(count + np.uint64(1), np.uint32)
     for row in range(x.shape[0]):
-        table, at = which[row], np.uint64(0)
-        places, kinds, values, rebuilt, found = order[table], classes[table], x[row], out[row], symbols[row]
-        scale, inverse, count = scales[table], np.float32(1) / scales[table], np.uint64(order.shape[1])
-        while at < count:
-            kind = np.uint64(kinds[at])
-            prices, half = bits[kind], np.float32(0.5)
-            up = max(half, half + half * weight * (prices[zero + np.uint64(1)] - prices[zero]))
-            down = max(half, half + half * weight * (prices[zero - np.uint64(1)] - prices[zero]))
-            one = (np.float32(1) + offsets[kind, np.uint64(0)]) * scale
-            while at < count and np.uint64(kinds[at]) == kind:
-                place = np.uint64(places[at])
-                value = values[place] * inverse
-                size = min(abs(value), _MOST)
-                if size < np.float32(1.5):
-                    best = np.int64(value >= up) - np.int64(value <= -down)
-                    rebuilt[place] = np.float32(best) * one
-                else:
-                    best = _cheapest(size, prices, 1 if value > 0 else -1)
-                    near = np.float32(0)
-                    if best > 0:
-                        near = (np.float32(best) + offsets[kind, np.uint64(min(best, OFFSETS) - 1)]) * scale
-                    if value < 0:
-                        best, near = -best, -near
-                    rebuilt[place] = near
-                found[at] = best
-                at += np.uint64(1)
+        table, found, larger = which[row], symbols[row], np.uint64(0)
+        classes, order, values, rebuilt = kinds[table], places[table], x[row], out[row]
+        scale, inverse = scales[table], np.float32(1) / scales[table]
+        for at in range(count):
+            kind, value = np.uint64(classes[at]), values[at] * inverse
+            best = np.int32(value >= up[kind]) - np.int32(value <= down[kind])
+            found[np.uint64(order[at])] = best
+            rebuilt[at] = np.float32(best) * (one[kind] * scale)
+            large[larger] = at
+            larger += np.uint64(abs(value) >= most)
+        for i in range(larger):
+            at = np.uint64(large[i])
+            kind, value = np.uint64(classes[at]), values[at] * inverse
+            best = _cheapest(min(abs(value), _MOST), bits[kind], 1 if value > 0 else -1)
+            near = np.float32(0)
+            if best > 0:
+                near = (np.float32(best) + offsets[kind, np.uint64(min(best, OFFSETS) - 1)]) * scale
+            found[np.uint64(order[at])] = best if value > 0 else -best
+            rebuilt[at] = near if value > 0 else -near
 
 
 @njit(**_OPTIONS)
@@ -92,20 +93,22 @@ def _dequantise(symbols, which, order, classes, scales, offsets, out):
 def _code_lengths(symbols, classes, moves, bits, out):
     counts = np.zeros(2 * LIMIT + 1, np.int64)
     for row in range(symbols.shape[0]):
-        values, lengths, at = symbols[row], out[row], 0
+        values, lengths, at, end = symbols[row], out[row], np.uint64(0), np.uint64(classes.size)
         lengths[:] = 0
-        while at < classes.size:
-            kind, low, high = classes[at], LIMIT, LIMIT
-            while at < classes.size and classes[at] == kind:
-                column = max(min(values[at], LIMIT), -LIMIT) + LIMIT
+        while at < end:
+            kind, low, high = classes[at], np.int32(LIMIT), np.int32(LIMIT)
+            while at < end and classes[at] == kind:
+                column = max(min(values[at], np.int32(LIMIT)), np.int32(-LIMIT)) + np.int32(LIMIT)
                 low, high = min(low, column), max(high, column)
                 counts[np.uint64(column)] += 1
-                at += 1
-            for setting in range(moves.shape[0]):
-                prices = bits[np.uint64(moves[setting, np.uint64(kind)])]
-                for column in range(low, high + 1):
-                    lengths[setting] += np.float32(counts[np.uint64(column)]) * prices[np.uint64(column)]
-            counts[low : high + 1] = 0
+                at += np.uint64(1)
+            for column in range(low, high + 1):
+                count = np.float32(counts[np.uint64(column)])
+                if count > 0:
+                    for setting in range(np.uint64(moves.shape[0])):
+                        prices = bits[np.uint64(moves[setting, np.uint64(kind)])]
+                        lengths[setting] += count * prices[np.uint64(column)]
+                    counts[np.uint64(column)] = 0
 
 
 def code_lengths(symbols: torch.Tensor, classes: torch.Tensor, moves: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -140,21 +143,12 @@ class DeadZone:
 
     def __init__(self, classes: torch.Tensor, steps: torch.Tensor, bits: torch.Tensor, offsets: torch.Tensor):
         order = classes.to(torch.int32).argsort(dim=-1, stable=True)
-        self._set(order.to(torch.int32), classes.gather(-1, order), steps.float(), bits, offsets)
-
-    @classmethod
-    def joined(cls, zones: list[DeadZone], bits: torch.Tensor, offsets: torch.Tensor) -> DeadZone:
-        """One for rows that hold, one after the other, coefficients of several with one setting and equal steps."""
-        ends = list(itertools.accumulate(zone.order.shape[1] for zone in zones))
-        order = torch.cat([zone.order + end - zone.order.shape[1] for zone, end in zip(zones, ends, strict=True)], 1)
-        made = cls.__new__(cls)
-        made._set(order, torch.cat([zone.classes for zone in zones], 1), zones[0].steps, bits, offsets)
-        return made
-
-    def _set(self, order, classes, steps, bits, offsets) -> None:
-        self.order, self.classes, self.steps = order, classes, steps
-        self._order, self._kinds, self._scales = (t.numpy() for t in (self.order, self.classes, self.steps))
-        self._bits, self._offsets = bits.contiguous().numpy(), offsets.contiguous().numpy()
+        places = torch.empty(order.shape, dtype=torch.int32)
+        places.scatter_(-1, order, torch.arange(order.shape[-1], dtype=torch.int32).expand(order.shape))
+        self.order, self.classes, self.steps = order.to(torch.int32), classes.gather(-1, order), steps.float()
+        scales, bits, offsets = (x.contiguous().numpy() for x in (self.steps, bits, offsets))
+        self._forward = classes.contiguous().numpy(), places.numpy(), scales, bits, offsets
+        self._back = self.order.numpy(), self.classes.numpy(), scales, offsets
 
     def quantise(self, x: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Coefficients `[n, M]` fp32, by settings `[n]` int64, to symbols `[n, M]` int32 and what they stand for.
@@ -163,15 +157,13 @@ class DeadZone:
             Symbols in the order of classes, and rebuilt coefficients `[n, M]` fp32 in their own order.
         """
         symbols, out = torch.empty(x.shape, dtype=torch.int32), torch.empty(x.shape)
-        tables = (self._order, self._kinds, self._scales, self._bits, self._offsets)
-        _on_threads(_quantise, (x.contiguous(), which), tables, (symbols, out))
+        _on_threads(_quantise, (x.contiguous(), which), self._forward, (symbols, out))
         return symbols, out
 
-    def dequantise(self, symbols: torch.Tensor, which: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Symbols `[n, M]` int32 to rebuilt coefficients `[n, M]` fp32, in `out` if given."""
-        out = torch.empty(symbols.shape) if out is None else out
-        tables = (self._order, self._kinds, self._scales, self._offsets)
-        _on_threads(_dequantise, (symbols, which), tables, (out,))
+    def dequantise(self, symbols: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        """Symbols `[n, M]` int32, by settings `[n]` int64, to rebuilt coefficients `[n, M]` fp32."""
+        out = torch.empty(symbols.shape)
+        _on_threads(_dequantise, (symbols, which), self._back, (out,))
         return out
 
 

@@ -28,13 +28,12 @@ import hashlib
 import itertools
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from ..errors import FormatError
 from . import entropy, importance
-from .deadzone import DeadZone
 from .importance import LEVELS
 from .sequence_part import LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts
 from .symbol_tables import SymbolTables
@@ -65,8 +64,9 @@ class SequenceCodec:
         self.base, self.step, self.page_size = base, step, len(along)
         self._bits = tables.bits()
         self.coders = [PartCoder(part, along, step, base, self._bits, offsets) for part in parts]
-        self._zone = DeadZone.joined([coder.coarse for coder in self.coders], self._bits, offsets)
-        self._sizes = [part.sizes[0].numel() for part in parts]
+        self.sizes = [part.sizes[0].numel() for part in parts]
+        self._widths = torch.tensor([part.bias.numel() for part in parts])
+        self._finer = [torch.empty(0, dtype=torch.uint8), *(row for coder in self.coders for row in coder.fine.classes)]
         shares = torch.tensor([part.share + LEVEL_CLASSES for part in parts], dtype=torch.uint8)
         shifts = torch.full((len(parts),), SHIFT_CLASS, dtype=torch.uint8)
         self._head = torch.cat([shares.repeat_interleave(self.page_size), shifts])
@@ -111,26 +111,23 @@ class SequenceCodec:
         Raises:
             FormatError: A page is truncated, damaged, of another version or of another codec.
         """
-        coefficients = torch.empty(len(pages), sum(self._sizes))
+        # All that is stored is read first: damage is found before anything is handed out.
+        read = on_threads(self._read, pages)
+        decoding = [_Decoding(self, embedded, span, read[span]) for span in spans(len(pages))]
+        del read
+        for count in heads:
+            yield self.layer(decoding, count, _Decoding.next)
 
-        def read(n: int):
-            levels, coarse, fine = self._read(pages[n])
-            self._zone.dequantise(coarse[None], torch.zeros(1, dtype=torch.int64), coefficients[n : n + 1])
-            return levels, fine
+    def layer(self, coding: Sequence[_Span], heads: int, step: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[N, H, P, D]` fp32 of the next layer, once `step` has written each span's rows of them.
 
-        # All that is done page by page first: damage is found before anything is handed out, and torch's threads rest
-        # meanwhile, whose products are faster for all pages together.
-        levels, fine = zip(*on_threads(read, range(len(pages))), strict=True)
-        levels, fine = torch.stack(levels, 1), [torch.cat(x) for x in zip(*fine, strict=True)]
-        context = Context(embedded)
-        for index, (coder, rebuilt) in enumerate(zip(self.coders, coefficients.split(self._sizes, 1), strict=True)):
-            predicted = context.predict(coder.part)
-            context.add(coder.decode(rebuilt, fine[index], levels[index].flatten(), predicted))
-            if index % 2:
-                yield tuple(self._heads(x, heads[index // 2]) for x in context.layers[0])
-
-    def _heads(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        return x.unflatten(0, (-1, self.page_size)).unflatten(-1, (heads, -1)).transpose(1, 2)
+        Args:
+            step: Takes a span and where its layer goes: two tensors `[N * P, W]`, all spans' rows.
+        """
+        at, tokens = coding[0].parts, coding[-1].rows.stop
+        decoded = [torch.empty(tokens, width) for width in self._widths[at : at + 2].tolist()]
+        on_threads(lambda span: step(span, decoded), coding)
+        return tuple(x.unflatten(0, (-1, self.page_size)).unflatten(-1, (heads, -1)).transpose(1, 2) for x in decoded)
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
@@ -141,18 +138,19 @@ class SequenceCodec:
             levels: `[N, parts, P]` int64.
             coarse, fine: Symbols of each part, `[N, P * W]` and `[n, W]` int32, tokens in order.
         """
-        pages = len(levels)
         classes = [coder.coarse.classes[0] for coder in self.coders]
         shifts = torch.stack([best_shifts(*x, self._bits) for x in zip(coarse, classes, strict=True)], 1)
-        counts = [(levels[:, i] > 0).sum(-1).tolist() for i in range(len(self.parts))]
-        finer = [x.split(count) for x, count in zip(fine, counts, strict=True)]
-        symbols = [torch.cat([levels[n].flatten(), shifts[n]]).to(torch.int32) for n in range(pages)]
-        symbols += [torch.cat([x[n] for x in coarse]) for n in range(pages)]
-        symbols += [torch.cat([x[n].flatten() for x in finer]) for n in range(pages)]
-        kinds = [self._head] * pages + [self._coarse_classes(x) for x in shifts.tolist()]
-        kinds += [self._fine_classes(x) for x in levels]
-        streams = [entropy.encode(*pair, self.tables) for pair in zip(symbols, kinds, strict=True)]
-        return [self._seal(streams[n::pages]) for n in range(pages)]
+        counts = (levels > 0).sum(-1).T * self._widths[:, None]
+        finer = [x.flatten().split(count) for x, count in zip(fine, counts.tolist(), strict=True)]
+        pages = []
+        for n in range(len(levels)):
+            streams = (
+                (torch.cat([levels[n].flatten(), shifts[n]]).to(torch.int32), self._head),
+                (torch.cat([x[n] for x in coarse]), self._coarse_classes(shifts[n].tolist())),
+                (torch.cat([x[n] for x in finer]), self._fine_classes(levels[n])),
+            )
+            pages.append(self._seal([entropy.encode(*stream, self.tables) for stream in streams]))
+        return pages
 
     def _coarse_classes(self, shifts: list[int]) -> torch.Tensor:
         """Classes of the second stream of a page whose parts have these shifts."""
@@ -160,8 +158,8 @@ class SequenceCodec:
 
     def _fine_classes(self, levels: torch.Tensor) -> torch.Tensor:
         """Classes of the third stream of a page with levels `[parts, P]`."""
-        found = [coder.fine.classes[row[row > 0] - 1].flatten() for coder, row in zip(self.coders, levels, strict=True)]
-        return torch.cat(found)
+        places = (levels + LEVELS * torch.arange(len(levels))[:, None])[levels > 0]
+        return torch.cat([self._finer[at] for at in [0, *places.tolist()]])
 
     def _header(self, sizes: Sequence[int]) -> bytes:
         shape = (self.page_size, len(self.parts))
@@ -177,10 +175,9 @@ class SequenceCodec:
         levels, shifts = self._read_head(first)
         coarse = entropy.decode(second, self._coarse_classes(shifts), self.tables)
         found = entropy.decode(third, self._fine_classes(levels), self.tables)
-        widths = [part.sizes.shape[2] for part in self.parts]
-        counts = (levels > 0).sum(-1).tolist()
-        runs = found.split([count * width for count, width in zip(counts, widths, strict=True)])
-        return levels, coarse, [run.unflatten(0, (-1, width)) for run, width in zip(runs, widths, strict=True)]
+        counts = (levels > 0).sum(-1) * self._widths
+        runs = zip(found.split(counts.tolist()), self._widths.tolist(), strict=True)
+        return levels, coarse, [run.view(-1, width) for run, width in runs]
 
     def _read_head(self, stream: bytes) -> tuple[torch.Tensor, list[int]]:
         """Levels `[parts, P]` int64 of a page and shifts of its parts."""
@@ -216,16 +213,12 @@ class SequenceCodec:
         return [body[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def _of(embedded: torch.Tensor | None, span: slice) -> torch.Tensor | None:
-    return None if embedded is None else embedded[span]
-
-
 class SequenceEncoder:
     """Pages being encoded, layer by layer; see `SequenceCodec.encoder`."""
 
     def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None):
         self.codec, self._embedded = codec, embedded
-        self._spans: list[_Span] = []
+        self._spans: list[_Encoding] = []
 
     def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Code the next layer.
@@ -235,13 +228,10 @@ class SequenceEncoder:
             positions: Of the tokens in their sequence, `[N, P]`.
 
         Returns:
-            Both as decoded, fp32.
+            Both as decoded, fp32; later layers are predicted from them, so they must stay as they are.
         """
-        self._spans = self._spans or [_Span(self.codec, self._embedded, span) for span in spans(len(k))]
-        # Written where it belongs by each thread: joining it here would wake torch's threads, which then spin.
-        decoded = torch.empty(k.shape), torch.empty(v.shape)
-        on_threads(lambda span: span.add(k, v, positions, decoded), self._spans)
-        return decoded
+        self._spans = self._spans or [_Encoding(self.codec, self._embedded, span) for span in spans(len(k))]
+        return self.codec.layer(self._spans, k.shape[1], lambda span, out: span.add(k, v, positions, out))
 
     def coded(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a part was coded to: levels `[N, P]`, coefficients' symbols `[N, P * W]`, refinements' `[n, W]`."""
@@ -249,29 +239,54 @@ class SequenceEncoder:
 
     def finish(self) -> list[bytes]:
         """The stored pages, once all layers were added."""
-        return [page for pages in on_threads(_Span.finish, self._spans) for page in pages]
+        return [page for pages in on_threads(_Encoding.finish, self._spans) for page in pages]
 
 
 class _Span:
-    """Pages that one thread encodes."""
+    """Pages that one thread codes, layer by layer; what they decode to goes into their rows of all pages'."""
 
-    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, span: slice):
-        self.codec, self.span = codec, span
-        self.context = Context(_of(embedded, span))
-        self.coded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, pages: slice):
+        self.codec, self.pages, self.parts = codec, pages, 0
+        self.rows = slice(pages.start * codec.page_size, pages.stop * codec.page_size)
+        self.context = Context(None if embedded is None else embedded[pages])
+
+    def part(self) -> tuple[int, PartCoder, torch.Tensor]:
+        """Number and coder of the next part, and its prediction."""
+        coder, self.parts = self.codec.coders[self.parts], self.parts + 1
+        return self.parts - 1, coder, self.context.predict(coder.part)
+
+
+class _Encoding(_Span):
+    coded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.coded = []
 
     def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, decoded: Sequence[torch.Tensor]) -> None:
-        """As `SequenceEncoder.add`, of the span's pages among all; what they decode to goes into `decoded`."""
-        k, v = (x[self.span].float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]
-        found = importance.features(k, v, positions[self.span].flatten())
+        k, v = (x[self.pages].float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]
+        found = importance.features(k, v, positions[self.pages].flatten())
         for x, out in zip((k, v), decoded, strict=True):
-            coder = self.codec.coders[len(self.coded)]
+            _, coder, predicted = self.part()
             levels = importance.levels(found, coder.part.importance)
-            coarse, fine, held = coder.encode(x.flatten(1), self.context.predict(coder.part), levels)
-            out[self.span] = self.codec._heads(held, x.shape[1])
-            self.context.add(held)
+            coarse, fine = coder.encode(x.flatten(1), predicted, levels, out[self.rows])
+            self.context.add(out[self.rows])
             self.coded.append((levels.unflatten(0, (-1, self.codec.page_size)), coarse, fine))
 
     def finish(self) -> list[bytes]:
         levels, coarse, fine = zip(*self.coded, strict=True)
         return self.codec.write(torch.stack(levels, 1), coarse, fine)
+
+
+class _Decoding(_Span):
+    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, pages: slice, read: Sequence):
+        super().__init__(codec, embedded, pages)
+        levels, coarse, self._fine = zip(*read, strict=True)
+        self._levels, self._coarse = torch.stack(levels, 1).flatten(1), [x.split(codec.sizes) for x in coarse]
+
+    def next(self, decoded: Sequence[torch.Tensor]) -> None:
+        for out in decoded:
+            index, coder, predicted = self.part()
+            coarse, fine = torch.stack([x[index] for x in self._coarse]), torch.cat([x[index] for x in self._fine])
+            coder.decode(coarse, fine, self._levels[index], predicted, out[self.rows])
+            self.context.add(out[self.rows])

@@ -149,27 +149,29 @@ class PartCoder:
         steps = scale * 2.0 ** -levels.double()
         self.fine = DeadZone((finer + REFINED).to(torch.uint8), steps, bits, offsets)
 
-    def encode(self, x: torch.Tensor, predicted: torch.Tensor, levels: torch.Tensor):
-        """Code keys or values `[N * P, W]` of tokens with levels `[N * P]`.
+    def encode(self, x: torch.Tensor, predicted: torch.Tensor, levels: torch.Tensor, out: torch.Tensor):
+        """Code keys or values `[N * P, W]` of tokens with levels `[N * P]`; as decoded they go into `out`.
 
         Returns:
-            Coefficients' symbols `[N, P * W]`, refinements' `[n, W]`, and `x` as decoded.
+            Coefficients' symbols `[N, P * W]`, refinements' `[n, W]`.
         """
         z = (x - predicted) @ self.part.analysis
         pages = self.along @ z.unflatten(0, (-1, len(self.along)))
         symbols, rebuilt = self.coarse.quantise(pages.flatten(1), _first(len(pages)))
-        found = self.tokens(rebuilt)
-        refined = levels.nonzero()[:, 0]
-        finer, error = self.fine.quantise(z[refined] - found[refined], levels[refined] - 1)
-        found[refined] += error
-        return symbols, finer, torch.addmm(predicted, found, self.part.synthesis)
+        found, refined = self.tokens(rebuilt), levels.nonzero()[:, 0]
+        errors = z.index_select(0, refined) - found.index_select(0, refined)
+        finer, refinements = self.fine.quantise(errors, levels[refined] - 1)
+        self._synthesise(found.index_add_(0, refined, refinements), predicted, out)
+        return symbols, finer
 
-    def decode(self, rebuilt: torch.Tensor, finer: torch.Tensor, levels: torch.Tensor, predicted) -> torch.Tensor:
-        """Inverse of `encode`: keys or values, `[N * P, W]`, from dequantised coefficients and what was predicted."""
-        found = self.tokens(rebuilt)
-        refined = levels.nonzero()[:, 0]
-        found[refined] += self.fine.dequantise(finer, levels[refined] - 1)
-        return torch.addmm(predicted, found, self.part.synthesis)
+    def decode(self, symbols: torch.Tensor, finer: torch.Tensor, levels, predicted, out: torch.Tensor) -> None:
+        """Inverse of `encode`: its symbols, of tokens with those levels, to keys or values `[N * P, W]` in `out`."""
+        found, refined = self.tokens(self.coarse.dequantise(symbols, _first(len(symbols)))), levels.nonzero()[:, 0]
+        refinements = self.fine.dequantise(finer, levels[refined] - 1)
+        self._synthesise(found.index_add_(0, refined, refinements), predicted, out)
+
+    def _synthesise(self, found: torch.Tensor, predicted: torch.Tensor, out: torch.Tensor) -> None:
+        torch.addmm(predicted, found, self.part.synthesis, out=out)
 
     def tokens(self, coefficients: torch.Tensor) -> torch.Tensor:
         return (self.along.T @ coefficients.unflatten(1, (len(self.along), -1))).flatten(0, 1)
