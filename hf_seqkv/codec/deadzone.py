@@ -26,9 +26,9 @@ _MOST = np.float32(2**30)  # a symbol fits 32 bits whatever the coefficient
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
-# Indices are unsigned: others are checked for being negative in every access. Coefficients are read in their own order,
-# and symbols scattered: a read from anywhere is waited for, a write is not. Most coefficients become 0 or 1, as likely as
-# not, so that choice is made without a branch: from a threshold on, 1 costs less. Those of 1.5 or more come after.
+# Indices are unsigned: others are checked for being negative in every access. Coefficients are read in their own order
+# and symbols scattered: a read from anywhere is waited for, a write is not. Most coefficients become 0 or 1, as likely
+# as not, so that choice is made without a branch: from a threshold on, 1 costs less. Those of 1.5 or more come after.
 @njit(**_OPTIONS)
 def _quantise(x, which, kinds, places, scales, bits, offsets, symbols, out):
     zero, half, most = np.uint64(LIMIT), np.float32(0.5), np.float32(1.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -27,5 +29,10 @@ def on_threads(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
     threads = min(torch.get_num_threads(), len(items))
     if threads < 2:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(function, items))
+    return list(_pool(threads, os.getpid()).map(function, items))
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Kept: a new thread sets up allocators and products anew. A forked process has none of its parent's threads."""
+    return ThreadPoolExecutor(threads, "seqkv-codec", initializer=torch.set_num_threads, initargs=(1,))
