@@ -156,7 +156,7 @@ class PartCoder:
             Coefficients' symbols `[N, P * W]`, refinements' `[n, W]`.
         """
         z = (x - predicted) @ self.part.analysis
-        pages = self.along @ z.unflatten(0, (-1, len(self.along)))
+        pages = self._across(self.along, z)
         symbols, rebuilt = self.coarse.quantise(pages.flatten(1), _first(len(pages)))
         found, refined = self.tokens(rebuilt), levels.nonzero()[:, 0]
         errors = z.index_select(0, refined) - found.index_select(0, refined)
@@ -174,7 +174,13 @@ class PartCoder:
         torch.addmm(predicted, found, self.part.synthesis, out=out)
 
     def tokens(self, coefficients: torch.Tensor) -> torch.Tensor:
-        return (self.along.T @ coefficients.unflatten(1, (len(self.along), -1))).flatten(0, 1)
+        """Coefficients `[N, P * W]` to what they stand for, `[N * P, W]`."""
+        return self._across(self.along.T, coefficients).flatten(0, 1)
+
+    def _across(self, matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A product with each page's tokens, `[N, P, W]`; `@` would go through the transposes of all pages."""
+        pages = x.view(-1, *self.part.sizes.shape[1:])
+        return torch.bmm(matrix.expand(len(pages), *matrix.shape), pages)
 
 
 def _first(rows: int) -> torch.Tensor:
