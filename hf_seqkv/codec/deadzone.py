@@ -10,18 +10,15 @@ random variables", 1996. `LAMBDA` is `6 ln 2 / 36`, the slope of distortion agai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from numba import njit
 
 from .symbol_tables import LIMIT
-from .threads import on_threads, spans
 
 LAMBDA = 0.1155
 OFFSETS = 3  # magnitudes with a reconstruction point of their own: 1, 2, and 3 with all above
-LEAST = 1 << 16  # coefficients that are worth a thread
 _MOST = np.float32(2**30)  # a symbol fits 32 bits whatever the coefficient
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
@@ -124,8 +121,7 @@ def code_lengths(symbols: torch.Tensor, classes: torch.Tensor, moves: torch.Tens
         `[n, S]` fp32; a value beyond the tables counts as the last in them.
     """
     out = torch.empty(len(symbols), len(moves))
-    tables = [x.contiguous().numpy() for x in (classes, moves, bits)]
-    _on_threads(_code_lengths, (symbols.contiguous(),), tables, (out,))
+    _code_lengths(*(x.contiguous().numpy() for x in (symbols, classes, moves, bits)), out.numpy())
     return out
 
 
@@ -157,22 +153,11 @@ class DeadZone:
             Symbols in the order of classes, and rebuilt coefficients `[n, M]` fp32 in their own order.
         """
         symbols, out = torch.empty(x.shape, dtype=torch.int32), torch.empty(x.shape)
-        _on_threads(_quantise, (x.contiguous(), which), self._forward, (symbols, out))
+        _quantise(x.contiguous().numpy(), which.numpy(), *self._forward, symbols.numpy(), out.numpy())
         return symbols, out
 
     def dequantise(self, symbols: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
         """Symbols `[n, M]` int32, by settings `[n]` int64, to rebuilt coefficients `[n, M]` fp32."""
         out = torch.empty(symbols.shape)
-        _on_threads(_dequantise, (symbols, which), self._back, (out,))
+        _dequantise(symbols.numpy(), which.numpy(), *self._back, out.numpy())
         return out
-
-
-def _on_threads(kernel: Callable, inputs: tuple, tables: tuple, outputs: tuple) -> None:
-    """Run a kernel over rows, a part of them on each of torch's threads; no result depends on the parts."""
-    count = len(inputs[0])
-    parts = max(1, min(torch.get_num_threads(), count, inputs[0].numel() // LEAST))
-    inputs, outputs = ([t.numpy() for t in group] for group in (inputs, outputs))
-    on_threads(
-        lambda span: kernel(*(t[span] for t in inputs), *tables, *(t[span] for t in outputs)),
-        spans(count, -(-count // parts) or 1),
-    )

@@ -257,11 +257,9 @@ class _Span:
 
 
 class _Encoding(_Span):
-    coded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.coded = []
+    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, pages: slice):
+        super().__init__(codec, embedded, pages)
+        self.coded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, decoded: Sequence[torch.Tensor]) -> None:
         k, v = (x[self.pages].float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]

@@ -161,17 +161,14 @@ class PartCoder:
         found, refined = self.tokens(rebuilt), levels.nonzero()[:, 0]
         errors = z.index_select(0, refined) - found.index_select(0, refined)
         finer, refinements = self.fine.quantise(errors, levels[refined] - 1)
-        self._synthesise(found.index_add_(0, refined, refinements), predicted, out)
+        torch.addmm(predicted, found.index_add_(0, refined, refinements), self.part.synthesis, out=out)
         return symbols, finer
 
     def decode(self, symbols: torch.Tensor, finer: torch.Tensor, levels, predicted, out: torch.Tensor) -> None:
         """Inverse of `encode`: its symbols, of tokens with those levels, to keys or values `[N * P, W]` in `out`."""
         found, refined = self.tokens(self.coarse.dequantise(symbols, _first(len(symbols)))), levels.nonzero()[:, 0]
         refinements = self.fine.dequantise(finer, levels[refined] - 1)
-        self._synthesise(found.index_add_(0, refined, refinements), predicted, out)
-
-    def _synthesise(self, found: torch.Tensor, predicted: torch.Tensor, out: torch.Tensor) -> None:
-        torch.addmm(predicted, found, self.part.synthesis, out=out)
+        torch.addmm(predicted, found.index_add_(0, refined, refinements), self.part.synthesis, out=out)
 
     def tokens(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Coefficients `[N, P * W]` to what they stand for, `[N * P, W]`."""
