@@ -6,6 +6,7 @@ import torch
 from hf_seqkv.codec.center import Center, expand_rows, page_starts, relative_table, rotate
 
 PAGE = 16
+HALF = 2**-11  # a rounding to fp16 of cosines and sines, and a little
 
 
 def rope_rows(positions, half, attention_scaling=1.0, base=100.0):
@@ -18,8 +19,8 @@ def rope_rows(positions, half, attention_scaling=1.0, base=100.0):
 def make_center(interleaved=False, half=4, dim=8, scaling=1.0, firsts=((0, 16, 32), (5, 21, 1000)), heads=2):
     rows = rope_rows(torch.tensor(firsts)[..., None] + torch.arange(PAGE), half, scaling)
     relative = relative_table(rows[0, 0])
-    mean = torch.randn(len(firsts), heads, dim)
-    return Center(mean, page_starts(rows, relative), relative, interleaved), rows
+    mean, starts = torch.randn(len(firsts), heads, dim), page_starts(rows, relative)
+    return Center(mean, starts, relative, interleaved), expand_rows(starts, relative)
 
 
 shapes = pytest.mark.parametrize(
@@ -66,8 +67,9 @@ def test_rows_of_zeros_give_zeros_both_ways(interleaved):
 @scalings
 @pytest.mark.parametrize("first", [0, 7, 4096])
 def test_relative_table_does_not_depend_on_the_page(first, scaling):
-    rows = rope_rows(first + torch.arange(PAGE), 4, scaling)
-    assert torch.allclose(relative_table(rows), rope_rows(torch.arange(PAGE), 4), atol=1e-5)
+    found = relative_table(rope_rows(first + torch.arange(PAGE), 4, scaling))
+    assert torch.allclose(found, rope_rows(torch.arange(PAGE), 4), atol=HALF)
+    assert torch.equal(found, found.half().float())
 
 
 @scalings
@@ -76,7 +78,7 @@ def test_starts_and_table_give_the_rows_back(scaling):
     relative = relative_table(rope_rows(torch.arange(PAGE), 4, scaling))
     starts = page_starts(rows, relative)
     assert torch.equal(starts, rows[:, 0])
-    assert torch.allclose(expand_rows(starts, relative), rows, atol=1e-5)
+    assert torch.allclose(expand_rows(starts, relative), rows, atol=2 * HALF * scaling)
 
 
 def changed_frequencies():
