@@ -110,6 +110,7 @@ class Prefixes:
             options=self._options if calibration is None else calibration.fingerprint.hex(),
             windows=repr((self.cache.seqkv_config.n_sink, self.cache.seqkv_config.page_size)),
             sequence=None if sequence is None else f"{sequence.fingerprint.hex()} {sequence.step}",
+            turns="fp16",  # of constant parts, `center.relative_table`: pages of other numbers are not these
             **({} if shard.ranks == 1 else {"rank": shard.rank, "ranks": shard.ranks}),
         )
 
