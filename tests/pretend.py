@@ -44,7 +44,7 @@ class Pretended(torch.Tensor):
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if not anew and device in (None, self.place) and dtype in (None, self.dtype):
             return self
-        return torch.ops.aten._to_copy(self, device=device or self.place, dtype=dtype)
+        return _Move.apply(self, device or self.place, dtype)
 
     def cpu(self):
         return self.to("cpu")
@@ -67,6 +67,19 @@ class Pretended(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {}, [])
+
+
+class _Move(torch.autograd.Function):
+    """A copy to a device, whose gradient goes back: C++ knows meta tensors only and would leave it where it is."""
+
+    @staticmethod
+    def forward(ctx, x: Pretended, device, dtype):
+        ctx.back = x.device, x.dtype
+        return torch.ops.aten._to_copy(x, device=device, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.to(*ctx.back), None, None
 
 
 def _listed(index):

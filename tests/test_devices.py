@@ -1,15 +1,17 @@
 """Models on more than one device: spread over two, or offloaded by accelerate, they are what they are on one."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from models import LOSSLESS, SMALL, Unmeasured, prompt, tiny
 from pretend import Pretended, pretended, spread
+from test_calibration import TEXT, Words
 from test_held import by_content, holding
 
-from hf_seqkv import SeqKVCache
+from hf_seqkv import SeqKVCache, calibrate
 from hf_seqkv.errors import UnsupportedOperationError
 from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.model_facts import model_fingerprint, weights_fingerprint
@@ -158,6 +160,22 @@ def test_a_calibration_meets_an_offloaded_model(tmp_path):
     wanted, _ = generated(tiny("llama"), options)
     found, _ = generated(_offloaded(tiny("llama"), "disk", tmp_path), options)  # no warning of other weights
     assert torch.equal(found, wanted)
+
+
+def test_a_model_on_two_devices_is_calibrated():
+    """Gradients and all, layer by layer where it is; it differs as sums in another order do."""
+    options = {"tokens": 528, "window": 264, "progress": False}
+    wanted = calibrate(tiny("llama"), Words(), [TEXT], **options)
+    with pretended():
+        found = calibrate(spread(tiny("llama")), Words(), [TEXT], **options)
+    assert found.tensors.keys() == wanted.tensors.keys()
+    assert {x.device.type for x in found.tensors.values()} == {"cpu"}
+    for i in range(3):
+        for name in (f"{i}.key.levels", f"{i}.value.levels", f"{i}.key.std"):
+            torch.testing.assert_close(found.tensors[name], wanted.tensors[name], atol=0.02, rtol=0.02)
+        for profile, side in itertools.product(("full", "light"), ("key", "value")):
+            mine, theirs = (x.tensors[f"sequence.{profile}.{i}.{side}.sizes"].float() for x in (found, wanted))
+            assert (mine - theirs).abs().mean() < 0.02 * theirs.mean()
 
 
 def test_weights_that_are_nowhere():
