@@ -64,9 +64,9 @@ def test_default_beats_published_turboquant_at_its_rate(real, held_out):
 
 @pytest.fixture(scope="module")
 def calibration(real):
-    """Of Python's reference manual; a fifth of the tokens that the README's are of."""
+    """Of Python's reference manual; a quarter of the tokens that the README's are of."""
     text = "\n".join(pydoc_data.topics.topics.values())
-    return calibrate(*real, [text], key_bits=3.5, value_bits=2.5, tokens=6144, progress=False)
+    return calibrate(*real, [text], key_bits=3.5, value_bits=2.5, tokens=8192, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -47,12 +47,15 @@ _TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _RELATIVE = WeakTensorKeyDictionary()
 
 
-def _tables(codec, device: torch.device) -> tuple[SideTables, SideTables]:
-    if codec not in _TABLES:
-        sides = codec.key, codec.value
+def _tables(codec, device: torch.device) -> tuple[SideTables, SideTables, list[int], bool]:
+    """Tables of both sides, where sections begin in words of their content, and whether scales are bytes."""
+    found = _TABLES.get(codec)
+    if found is None:
+        sides, scale_bytes = (codec.key, codec.value), codec.key.scale_bits // 8
         expand = all(pieces(side.widths) for side in sides) and use_tables(device)
-        _TABLES[codec] = tuple(SideTables(side, expand) for side in sides)
-    return _TABLES[codec]
+        begins = [at // (4 if "codes" in name else scale_bytes) for name, (at, _) in codec.sections.items()]
+        found = _TABLES[codec] = *(SideTables(side, expand) for side in sides), begins, scale_bytes == 1
+    return found
 
 
 def use_tables(device: torch.device) -> bool:
@@ -80,17 +83,30 @@ def pages_each(count: int) -> int:
     return min(max(2, _power(count, 1) // 32), 16)
 
 
-@functools.lru_cache(maxsize=16)
-def _numbers(rows: tuple, device: torch.device, stream) -> torch.Tensor:
-    """What the kernels need to know of each row, `[7, B]` int32, copied without waiting; the layers of a step share it.
+def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
+    """What the kernels need to know of each row, `[7, B]` int32; the layers of a step share it."""
+    dense = view.sinks.slots, view.sinks.begin, view.recent.slots, view.recent.begin
+    rows = tuple(map(tuple, (view.counts, view.page_slots, *dense, map(pages_each, view.counts))))
+    if device.type != "cuda":
+        return torch.tensor(rows, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return _filled(rows, device)
+    return _copied(rows, device, torch.cuda.current_stream(device))
 
-    Args:
-        rows: Six numbers a row, as `LayerView` has them.
-        stream: On which it is copied, and may be read.
-    """
-    each = [pages_each(count) for count in rows[0]]
-    numbers = torch.tensor([*rows, each], dtype=torch.int32, pin_memory=stream is not None)
-    return numbers.to(device, non_blocking=True)
+
+@functools.lru_cache(maxsize=16)
+def _copied(rows: tuple, device: torch.device, stream: torch.cuda.Stream) -> torch.Tensor:
+    """Copied on a stream, without waiting; to be read on that stream."""
+    return torch.tensor(rows, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
+
+
+def _filled(rows: tuple, device: torch.device) -> torch.Tensor:
+    """For a CUDA graph, whose replays would read a copy's host memory again, when others may have it."""
+    numbers = torch.empty(len(rows), len(rows[0]), dtype=torch.int32, device=device)
+    for line, row in zip(numbers, rows, strict=True):
+        for place, number in zip(line, row, strict=True):
+            place.fill_(number)
+    return numbers
 
 
 def _dense_last(x: torch.Tensor) -> torch.Tensor:
@@ -99,20 +115,19 @@ def _dense_last(x: torch.Tensor) -> torch.Tensor:
 
 def _run(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Keys and values `[B, H, n, D]` in memory as `[B, H, room, D]`, and the room; copied where they lie otherwise."""
-    k, v = k.detach(), v.detach()
-    rooms = {_room(x) for x in (k, v)}
-    room = rooms.pop()
-    if rooms or room is None:
+    room = _room(k)
+    if room is None or _room(v) != room:
         k, v, room = k.contiguous(), v.contiguous(), k.shape[2]
     return k, v, room
 
 
 def _room(x: torch.Tensor) -> int | None:
-    heads, tokens, dim = x.shape[1:]
-    room = x.stride(1) // dim if heads > 1 else x.stride(0) // dim if len(x) > 1 else tokens
-    wanted = (heads * room * dim, room * dim, dim, 1)
-    same = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), wanted, strict=True))
-    return room if same else None
+    """Tokens from head to head, None where memory is not as `_run` wants it; strides of one thing mean nothing."""
+    batch, heads, tokens, dim = x.shape
+    row, head, token, one = x.stride()
+    room = head // dim if heads > 1 else row // dim if batch > 1 else tokens
+    wanted = (one == 1 or dim == 1) and (token == dim or tokens == 1) and (head == room * dim or heads == 1)
+    return room if wanted and (row == heads * room * dim or batch == 1) else None
 
 
 def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None, scoring: Scoring) -> torch.Tensor:
@@ -121,13 +136,11 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     codec, device, side = view.codec, query.device, view.side
     heads, value_dim = codec.heads, codec.value_dim
     rows = query_heads // heads * steps
-    key, value = _tables(codec, device)
+    key, value, begins, narrow = _tables(codec, device)
     nvidia = use_tables(device)
     block = min(_power(rows, 8 if nvidia else 16), 8 if key.pieces[0][0] else 16)
     blocks = batch * heads * -(-rows // block)
-    dense = view.sinks.slots, view.sinks.begin, view.recent.slots, view.recent.begin
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    ints = _numbers(tuple(map(tuple, (view.counts, view.page_slots, *dense))), device, stream)
+    ints = _numbers(view, device)
     half = 0 if view.center is None else view.center.relative.shape[-1] // 2
     wide = _power(half, 16)
     relative, starts, mean, interleaved = ints, ints, ints, False
@@ -138,7 +151,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     strides = (0, 0, 0) if mask is None else [
         0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True)
     ]  # fmt: skip
-    query, pages = _dense_last(query.detach()), _dense_last(view.pages)
+    query, pages = _dense_last(query), _dense_last(view.pages)
     runs = [_run(run.k, run.v) for run in (view.sinks, view.recent)]
     runs.append((ints, ints, 0) if side is None else _run(side.k, side.v))
     tensors, rooms = [x for k, v, _ in runs for x in (k, v)], [room for *_, room in runs]
@@ -168,19 +181,16 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         **OPTIONS, **shape,
     )  # fmt: skip
     if splits:
-        sections = codec.sections
-        scale_bytes = codec.key.scale_bits // 8
-        at = [sections[name][0] // (4 if "codes" in name else scale_bytes) for name in sections]
         plain = view.center is None and mask is None and not cap
         options = partials_options(key.pieces[0][0] > 0, plain, max(dim, value_dim))
         partials[blocks, splits](
             prepared, starts, relative, pages.view(torch.int32), ints, bias, sums, *key.arguments, *value.arguments,
-            pages.stride(0) // 4, pages.stride(1) // 4, *at,
+            pages.stride(0) // 4, pages.stride(1) // 4, *begins,
             *(starts.stride()[:2] if view.center is not None else (0, 0)), *strides, batch, parts, *limits,
-            KEYS=key.pieces, KU=key.uniform, VALUES=value.pieces, VU=value.uniform, NARROW=scale_bytes == 1, **shape,
+            KEYS=key.pieces, KU=key.uniform, VALUES=value.pieces, VU=value.uniform, NARROW=narrow, **shape,
             **options,
         )  # fmt: skip
-    logits = ints if scoring.sink_logits is None else scoring.sink_logits.detach().contiguous()
+    logits = ints if scoring.sink_logits is None else scoring.sink_logits.contiguous()
     part = min(dvp, 64)
     combine[batch * heads, rows, dvp // part](
         sums, ints, value.matrix, value.mean, logits, out, *out.stride()[:3], batch, parts, splits, steps,
