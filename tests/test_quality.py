@@ -260,7 +260,7 @@ def test_missing_calibration(tmp_path):
 def test_more_bits_are_closer_on_a_real_model():
     model, tokenizer, _ = smollm2.load()
     names = ("turboquant-2", "turboquant-3", "turboquant-4", "kivi-2", "kivi-4")
-    plan = quality.Plan(windows=1, window=512)
+    plan = quality.Plan(windows=1, window=384)
     methods = {name: quality.METHODS[name] for name in names}
     texts = {"king_james": passages.read("king_james")}
     rows = quality.measure(model, tokenizer, texts, methods, plan, progress=False)["all"]

@@ -249,7 +249,7 @@ def test_command(tmp_path, capsys):
 
 def test_an_estimated_count_is_marked(capsys):
     assert main(["bench", "roofline", "--bits", "6"]) == 0
-    assert "7.24 at 6 bits (an estimate, not compiled)" in capsys.readouterr().err
+    assert "7.06 at 6 bits (an estimate, not compiled)" in capsys.readouterr().err
 
 
 def test_mixed_widths_take_the_mean_of_theirs(capsys):

@@ -18,14 +18,13 @@ from .triton_tile import component_of, key_tile, load_shifts, load_tables, token
 
 
 def partials_options(tables: bool, plain: bool, dim: int) -> dict:
-    """How `partials` is compiled: one warp keeps tables, tile and softmax to itself; gathering wants two.
+    """How `partials` is compiled: one warp keeps tables, tile and softmax to itself.
 
-    The fewer registers and shared bytes a warp has, the more warps hide each other's waiting; fewer would be spilt. Of
-    four warps or more Hopper's compiler makes groups, whose products came out wrong (Triton 3.6, gathered levels with a
-    constant part).
+    The fewer registers and shared bytes a warp has, the more warps hide each other's waiting; fewer would be spilt.
+    Four and eight warps, for gathered levels with a constant part, computed something else on an H200 (Triton 3.6).
     """
     if not tables:
-        return FUSED | {"num_warps": 2}
+        return FUSED | {"num_warps": 1}
     return FUSED | {"num_warps": 1, "num_stages": 2, "maxnreg": (168 if dim <= 128 else 200) if plain else 255}
 
 
