@@ -59,6 +59,16 @@ def test_no_gpu(verb, capsys):
     assert "no CUDA device 'cuda' here; leave --device out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [(["--batch", "2"], "--batch is for a GPU"), (["--device", "cuda", "--warm"], "are for the processor"),
+     (["--device", "cuda", "--threads", "1"], "are for the processor")],
+)  # fmt: skip
+def test_options_of_the_other_kind_are_refused(argv, words, capsys):
+    assert main(["bench", "kernels", *argv]) == 1
+    assert words in capsys.readouterr().err
+
+
 def test_no_cpu():
     with pytest.raises(ConfigError, match="no CUDA device 'cpu'"):
         bench_cuda.gpu("cpu")

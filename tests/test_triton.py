@@ -54,6 +54,13 @@ def compiled():
         triton.runtime.driver._active = before
 
 
+def test_numbers_for_a_graph_are_those_copied():
+    from hf_seqkv.kernels import triton_attend
+
+    rows = ((3, 1), (4, 25), (0, 21))
+    assert triton_attend._filled(rows, torch.device("cpu")).tolist() == [list(row) for row in rows]
+
+
 def test_lengths_batches_and_masks_compile_nothing_new():
     """Of numbers that are 1 or multiples of 16 Triton makes kernels of their own: those that vary must not count."""
     from hf_seqkv.codec.center import Center

@@ -10,6 +10,7 @@ import os
 import sys
 
 from ..config import BITS
+from ..errors import ConfigError
 from . import bench_ablation, bench_codec, bench_exact, bench_quality, bench_replay, bench_roofline, bench_store
 from .options import (
     add_count,
@@ -50,12 +51,13 @@ def _add_kernels(pieces) -> None:
     rates = "bits of keys and values; c codes the keys' constant part apart, as the cache does by default"
     _list(parser, "--bits", _rate, "4 2 5/4c", "K[/V][c]", rates)
     parser.add_argument("--center", action="store_true", help="c for every rate")
-    _list(parser, "--threads", positive, f"1 {_cores()}" if _cores() > 1 else "1", "N", "threads")
+    whole = {"nargs": "+", "type": positive, "metavar": "N"}
+    parser.add_argument("--threads", help="threads, on the processor (1 and all)", **whole)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of queries and dense windows (bfloat16)")
     parser.add_argument("--seconds", type=number, default=2.0, metavar="S", help="for the calls of a row (2)")
     parser.add_argument("--warm", action="store_true", help="one cache for all calls, from the processor's caches")
     parser.add_argument("--device", metavar="CUDA", help="a GPU, such as cuda; without it the processor")
-    _list(parser, "--batch", positive, "1 8 32", "N", "sequences, on a GPU")
+    parser.add_argument("--batch", help="sequences, on a GPU (1 8 32)", **whole)
     add_output_arguments(parser)
     parser.set_defaults(run=_run_kernels)
 
@@ -100,12 +102,15 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
     if args.device:
         return _run_cuda_kernels(args)
+    if args.batch:
+        raise ConfigError("--batch is for a GPU; give --device, or leave it out")
     print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
     shapes = [bench_kernels.Shape(*shape) for shape in args.shape]
     rates = _kernel_rates(args)
     machine, backend = bench_timing.machine(), bench_kernels.chosen_backend()
     dtype = getattr(torch, args.dtype)
-    rows = bench_kernels.bench(shapes, args.tokens, rates, args.threads, dtype, args.seconds, args.warm)
+    threads = args.threads or sorted({1, _cores()})
+    rows = bench_kernels.bench(shapes, args.tokens, rates, threads, dtype, args.seconds, args.warm)
     result = {"command": args.command, "machine": machine, "backend": backend, "dtype": args.dtype, "rows": rows}
     result |= {"seconds": args.seconds, "warm": args.warm, "baseline": bench_kernels.BASELINE}
     show(args, bench_report.kernels(result), result)
@@ -129,10 +134,13 @@ def _run_cuda_kernels(args: argparse.Namespace) -> int:
 
     from ..eval import bench_cuda, bench_kernels, bench_report, bench_timing
 
+    if args.threads or args.warm:
+        raise ConfigError("--threads and --warm are for the processor; leave them out, or --device")
     gpu, shapes = bench_cuda.gpu(args.device), [bench_kernels.Shape(*shape) for shape in args.shape]
     measured = args.device, getattr(torch, args.dtype), args.seconds
-    rows = bench_cuda.bench(shapes, args.tokens, args.batch, _kernel_rates(args), *measured)
-    result = {"command": args.command, "machine": bench_timing.machine(), "gpu": gpu, "backend": "triton"}
+    rows = bench_cuda.bench(shapes, args.tokens, args.batch or [1, 8, 32], _kernel_rates(args), *measured)
+    result = {"command": args.command, "machine": bench_timing.machine(), "gpu": gpu}
+    result |= {"backend": bench_kernels.chosen_backend(device=args.device)}
     result |= {"dtype": args.dtype, "rows": rows, "seconds": args.seconds, "baseline": bench_cuda.BASELINE}
     show(args, bench_report.cuda_kernels(result), result)
     return 0
@@ -176,10 +184,9 @@ def _run_decode(args: argparse.Namespace) -> int:
     from ..eval import bench_cuda, bench_decode, bench_kernels, bench_report, bench_timing
 
     print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
-    machine, backend = bench_timing.machine(), bench_kernels.chosen_backend(options.get("backend", "auto"))
-    gpu = None
-    if args.device != "cpu":
-        gpu, backend = bench_cuda.gpu(args.device), "triton"
+    gpu = None if args.device == "cpu" else bench_cuda.gpu(args.device)
+    backend = bench_kernels.chosen_backend(options.get("backend", "auto"), args.device)
+    machine = bench_timing.machine()
     before, runs = torch.get_num_threads(), []
     threads = args.threads or before
     try:

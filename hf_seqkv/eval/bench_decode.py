@@ -23,7 +23,6 @@ from .bench_timing import spread, with_speedup
 CACHES = ("dynamic", "static", "seqkv")
 DENSE = ("dynamic", "static")
 TEXT = 4096  # tokens of a real text, which the demo's has
-LONGEST = 1 << 20  # positions that a model of random weights takes
 
 
 class PageClock:
@@ -92,7 +91,6 @@ def random_model(name: str, dtype: torch.dtype, device: str):
         ConfigError, SeqKVError: There is no such config; see `roofline_model.load`.
     """
     config = AutoConfig.for_model(**roofline_model.config_of(name))
-    config.max_position_embeddings = max(config.max_position_embeddings, LONGEST)
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

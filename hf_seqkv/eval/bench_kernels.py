@@ -81,9 +81,9 @@ def page_codec(shape: Shape, rate: Rate, page_size: int) -> QuantizedPageCodec:
     )
 
 
-def chosen_backend(name: str = "auto") -> str:
-    """Which backend a name stands for here, and how the compiled kernel computes."""
-    chosen = select_backend(name, page_codec(Shape(1, 1, 64), Rate(4, 4), 64), torch.device("cpu")).name
+def chosen_backend(name: str = "auto", device: str = "cpu") -> str:
+    """Which backend a name stands for on a device, and how the compiled kernel computes."""
+    chosen = select_backend(name, page_codec(Shape(1, 1, 64), Rate(4, 4), 64), torch.device(device)).name
     if chosen != "cpu":
         return chosen
     from ..kernels import cpu
