@@ -156,7 +156,8 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     runs.append((ints, ints, 0) if side is None else _run(side.k, side.v))
     tensors, rooms = [x for k, v, _ in runs for x in (k, v)], [room for *_, room in runs]
     listed = ints if side is None else side.slots.contiguous()
-    sinks, recents, sides = (tensors[i].shape[2] if tensors[i] is not ints else 0 for i in (0, 2, 4))
+    sinks, recents = (run.k.shape[2] for run in (view.sinks, view.recent))
+    sides = 0 if side is None else side.k.shape[2]
     splits = max((-(-n // pages_each(n)) for n in view.counts), default=0)
     longest = recents - min(view.recent.begin, default=0)
     parts = splits + sum(-(-n // CHUNK.value) for n in (sinks, longest, sides))
