@@ -32,7 +32,10 @@ HOMES = {
     "llvmlite": {"kernels.cpu"},
     "triton": {
         f"kernels.triton_{name}"
-        for name in ("attend", "gather", "pages", "partials", "rows", "scales", "softmax", "tile")
+        for name in (
+            *("attend", "bytes", "center", "gather", "launch", "pages"),
+            *("partials", "rows", "scales", "softmax", "tile"),
+        )
     },
     "fsspec": {"store.remote"},
     "sqlite3": {"store.index"},

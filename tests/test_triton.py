@@ -1,6 +1,7 @@
 """The Triton kernels compute what the reference does: `triton_parity.py`, interpreted, and on a GPU if there is one."""
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -54,17 +55,72 @@ def compiled():
         triton.runtime.driver._active = before
 
 
-def test_numbers_for_a_graph_are_those_copied():
+class Form:
+    """What Triton would have compiled; `started` holds grids and arguments of its launches."""
+
+    function = packed_metadata = name = None
+
+    def __init__(self, started):
+        self.started = started
+
+    def launch_metadata(self, *arguments):
+        return None
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        self.started.append(((x, y, z), arguments))
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.run(*grid, 0, *[None] * 5, *arguments)
+
+
+def seen(x):
+    """An argument as a compiled form takes it, wherever a tensor lies."""
+    return (x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
+
+
+def test_what_was_compiled_is_started_as_the_launcher_does():
+    """The first call goes through the launcher, the second does not; what the launcher would compile anew, it does."""
     from hf_seqkv.kernels import triton_attend
 
-    rows = ((3, 1), (4, 25), (0, 21))
-    assert triton_attend._filled(rows, torch.device("cpu")).tolist() == [list(row) for row in rows]
+    query, view, mask, scoring = build(
+        Case(page_size=64, counts=(2,), pads=(0,), half=10, mask="additive", side=3, sink_logits=True)
+    )
+    started, compilations = [], []
+
+    def attend(query=query, view=view, mask=mask):
+        with mock.patch.object(triton_attend, "use_tables", return_value=True):
+            triton_attend.attend_codes(query, view, mask, scoring)
+        what = [(grid, [seen(x) for x in arguments]) for grid, arguments in started]
+        count = len(compilations)
+        started.clear()
+        compilations.clear()
+        return what, count
+
+    def compile_nothing(self, key, *rest):
+        compilations.append(self.fn.__name__)
+        return Form(started)
+
+    with compiled(), mock.patch.object(triton.JITFunction, "_do_compile", compile_nothing):
+        first, count = attend()
+        assert count == len(first) == 3
+        assert attend() == (first, 0)
+        longer = dataclasses.replace(view, length=view.length + 1)
+        assert attend(view=longer)[1] == 0
+        odd = torch.zeros(query.numel() + 1)[1:].view_as(query)  # not at a multiple of 16 bytes
+        assert attend(query=odd)[1] == 3
+        assert attend(query=query.half())[1] == 3
+        wide = torch.zeros(*query.shape[:-1], query.shape[-1] + 1)[..., :-1]
+        assert attend(query=wide)[1] == 3
+        assert attend(mask=mask.half())[1] == 3
+        assert attend(mask=None)[1] == 3
+        assert attend(view=dataclasses.replace(view, side=None))[1] == 3
+        assert attend() == (first, 0)
 
 
 def test_lengths_batches_and_masks_compile_nothing_new():
     """Of numbers that are 1 or multiples of 16 Triton makes kernels of their own: those that vary must not count."""
     from hf_seqkv.codec.center import Center
-    from hf_seqkv.kernels import triton_attend, triton_pages
+    from hf_seqkv.kernels import triton_attend, triton_launch, triton_pages
 
     def attend(**changes):
         options = {"page_size": 64, "half": 10, "mask": "additive", "side": 3, "counts": (2,), "pads": (0,)}
@@ -80,7 +136,8 @@ def test_lengths_batches_and_masks_compile_nothing_new():
     with compiled() as found:
         attend()
         encode(3)
-        assert {name for name, _ in found} == {"prepare", "partials", "combine", "encode_kernel"}
+        triton_launch.written(((2, 3),), torch.device("cpu"))
+        assert {name for name, _ in found} == {"prepare", "partials", "combine", "encode_kernel", "_write"}
         before = set(found)
         for recent in (1, 2, 15, 16, 33):
             attend(recent=recent)
@@ -90,4 +147,5 @@ def test_lengths_batches_and_masks_compile_nothing_new():
         for pages in (1, 16, 5):
             encode(pages)
         encode(2, rows=16)
+        triton_launch.written(((1, 16, 0, 32),) * 16, torch.device("cpu"))
         assert found == before

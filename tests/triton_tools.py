@@ -59,6 +59,7 @@ _INSTRUCTIONS = {
     "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift),
     "mad": lambda a, b, c: a * b + c,
+    "mul": lambda a, b: a * b,
     "lop3": _lop3,
     "shf": _rotate,
     "prmt": _prmt,

@@ -1,6 +1,6 @@
 """`attend_codes` for quantised pages on a GPU: tables and launches of the Triton kernels.
 
-    prepare   a KV head: queries rotated as keys are, coefficients of the constant part; softmax of dense tokens
+    prepare   a KV head: queries rotated as keys are, scores of the keys' constant part; softmax of dense tokens
     partials  a KV head and a few pages: softmax and mix, in the rotated domain of values
     combine   a query: parts merged in their order, those of pages rotated back
 
@@ -24,8 +24,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codec.page import PageCodec, QuantizedPageCodec
 from .interface import LayerView, Scoring
+from .triton_launch import Forms, on_device_of, seen_of, written
 from .triton_partials import partials, partials_options
-from .triton_rows import CHUNK, OPTIONS, SLICE, combine, prepare, prepared_size
+from .triton_rows import CHUNK, NVIDIA, OPTIONS, SLICE, combine, pages_scored, prepare, prepared_size
 from .triton_tables import SideTables, pieces
 
 TOLERANCE = 2e-2  # of the largest output, by byte tables
@@ -43,24 +44,30 @@ def supports(codec: PageCodec) -> str | None:
     return None
 
 
-_TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of a codec, and its compiled forms
 _RELATIVE = WeakTensorKeyDictionary()
 
 
-def _tables(codec, device: torch.device) -> tuple[SideTables, SideTables, list[int], bool]:
-    """Tables of both sides, where sections begin in words of their content, and whether scales are bytes."""
+def _tables(codec, device: torch.device) -> tuple[SideTables, SideTables, list[int], bool, Forms]:
+    """Tables of both sides, where sections begin in words of their content, whether scales are bytes; forms."""
     found = _TABLES.get(codec)
     if found is None:
         sides, scale_bytes = (codec.key, codec.value), codec.key.scale_bits // 8
         expand = all(pieces(side.widths) for side in sides) and use_tables(device)
         begins = [at // (4 if "codes" in name else scale_bytes) for name, (at, _) in codec.sections.items()]
-        found = _TABLES[codec] = *(SideTables(side, expand) for side in sides), begins, scale_bytes == 1
+        found = _TABLES[codec] = *(SideTables(side, expand) for side in sides), begins, scale_bytes == 1, Forms()
     return found
 
 
 def use_tables(device: torch.device) -> bool:
     """Whether codes may be expanded by PTX instructions."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+@functools.cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
 
 
 def _relative(relative: torch.Tensor, wide: int) -> torch.Tensor:
@@ -80,7 +87,7 @@ def _power(n: int, least: int) -> int:
 
 def pages_each(count: int) -> int:
     """Pages a program takes of a row with `count`: few enough that short rows fill a GPU, too."""
-    return min(max(2, _power(count, 1) // 32), 16)
+    return min(max(2, _power(count, 1) // 64), 16)
 
 
 def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
@@ -90,7 +97,7 @@ def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return torch.tensor(rows, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        return _filled(rows, device)
+        return written(rows, device)
     return _copied(rows, device, torch.cuda.current_stream(device))
 
 
@@ -98,15 +105,6 @@ def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
 def _copied(rows: tuple, device: torch.device, stream: torch.cuda.Stream) -> torch.Tensor:
     """Copied on a stream, without waiting; to be read on that stream."""
     return torch.tensor(rows, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
-
-
-def _filled(rows: tuple, device: torch.device) -> torch.Tensor:
-    """For a CUDA graph, whose replays would read a copy's host memory again, when others may have it."""
-    numbers = torch.empty(len(rows), len(rows[0]), dtype=torch.int32, device=device)
-    for line, row in zip(numbers, rows, strict=True):
-        for place, number in zip(line, row, strict=True):
-            place.fill_(number)
-    return numbers
 
 
 def _dense_last(x: torch.Tensor) -> torch.Tensor:
@@ -130,15 +128,17 @@ def _room(x: torch.Tensor) -> int | None:
     return room if wanted and (row == heads * room * dim or batch == 1) else None
 
 
+@on_device_of(0)
 def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None, scoring: Scoring) -> torch.Tensor:
     """As `reference.attend_codes`, for codecs that `supports` has nothing against."""
     batch, query_heads, steps, dim = query.shape
     codec, device, side = view.codec, query.device, view.side
     heads, value_dim = codec.heads, codec.value_dim
     rows = query_heads // heads * steps
-    key, value, begins, narrow = _tables(codec, device)
+    key, value, begins, narrow, forms = _tables(codec, device)
     nvidia = use_tables(device)
-    block = min(_power(rows, 8 if nvidia else 16), 8 if key.pieces[0][0] else 16)
+    tiles = key.pieces[0][0] > 0
+    block = min(_power(rows, 4), 8) if tiles else min(_power(rows, 8 if nvidia else 16), 16)
     blocks = batch * heads * -(-rows // block)
     ints = _numbers(view, device)
     half = 0 if view.center is None else view.center.relative.shape[-1] // 2
@@ -163,39 +163,60 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     parts = splits + sum(-(-n // CHUNK.value) for n in (sinks, longest, sides))
 
     dp, dvp = _power(dim, 32), _power(value_dim, 32)
-    size = prepared_size(dp, block, wide if view.center is not None else 0)
-    prepared = torch.empty(blocks * size, dtype=torch.float32, device=device)
+    prepared = torch.empty(blocks * prepared_size(dp, block), dtype=torch.float32, device=device)
+    some, scores, room, groups = min(_power(rows, 1), block), ints, 0, 0
+    each = pages_scored(some)
+    if view.center is not None:
+        room = max(view.counts, default=0)
+        groups = -(-room // each)
+        scores = torch.empty(blocks * room * 64 * some, dtype=torch.float32, device=device)
     sums = torch.empty(batch * heads * parts * rows * (value_dim + 2), dtype=torch.float32, device=device)
     out = torch.empty(batch, steps, query_heads, value_dim, dtype=query.dtype, device=device)
     cap = scoring.softcap or 0.0
     ahead = 0 if scoring.causal and mask is None else FAR
     limits = (steps, view.length, view.offset, scoring.window or FAR, ahead, cap, 0 if mask is None else mask.stride(3))
     shape = {
-        "H": heads, "ROWS": rows, "RB": block, "D": dim, "DP": dp, "DV": value_dim, "HALF": half,
-        "HP": wide, "CENTER": view.center is not None, "SOFTCAP": cap > 0,
+        "H": heads, "ROWS": rows, "RB": block, "RP": some, "D": dim, "DP": dp, "DV": value_dim,
+        "CENTER": view.center is not None, "SOFTCAP": cap > 0,
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
     }  # fmt: skip
-    prepare[blocks, dp // SLICE.value + parts - splits](
-        query, scoring.scaling * 1.4426950408889634, key.matrix, key.norm, key.mean, mean, prepared, *tensors, listed,
-        ints, bias, sums, *query.stride()[:3], *rooms, *strides, batch, parts, splits, sinks, recents, sides, *limits,
-        DVP=dvp, INTERLEAVED=interleaved, SIDE=side is not None, PRECISION="tf32x3" if nvidia else "ieee",
-        **OPTIONS, **shape,
+    logits = ints if scoring.sink_logits is None else scoring.sink_logits.contiguous()
+    turns = starts.stride()[:2] if view.center is not None else (0, 0)
+    words = pages.stride(0) // 4, pages.stride(1) // 4
+    # All that the kernels' compiled forms depend on beside the codec.
+    seen = seen_of(
+        (query, pages, starts, relative, mean, *tensors, listed, bias, logits),
+        (*query.stride()[:3], *out.stride()[:3], *turns, *words),
+    )
+    form = (query_heads, steps, half, interleaved, *shape.values(), side is None, scoring.sink_logits is None, seen)
+    forms.start(
+        prepare, (blocks, dp // SLICE.value + parts - splits + groups, 1), form,
+        [query, scoring.scaling * 1.4426950408889634, key.matrix, key.norm, key.mean, mean, prepared, *tensors,
+         listed, ints, bias, sums, starts, relative, scores, *query.stride()[:3], *rooms, *strides, *turns,
+         batch, parts, splits, sinks, recents, sides, room, *limits],
+        lambda: shape | {
+            "DVP": dvp, "HALF": half, "HP": wide, "PAGES": each, "TILES": tiles, "INTERLEAVED": interleaved,
+            "SIDE": side is not None, "PRECISION": "tf32x3" if nvidia else "ieee",
+            **(NVIDIA if nvidia else OPTIONS),
+        },
     )  # fmt: skip
     if splits:
-        plain = view.center is None and mask is None and not cap
-        options = partials_options(key.pieces[0][0] > 0, plain, max(dim, value_dim))
-        partials[blocks, splits](
-            prepared, starts, relative, pages.view(torch.int32), ints, bias, sums, *key.arguments, *value.arguments,
-            pages.stride(0) // 4, pages.stride(1) // 4, *begins,
-            *(starts.stride()[:2] if view.center is not None else (0, 0)), *strides, batch, parts, *limits,
-            KEYS=key.pieces, KU=key.uniform, VALUES=value.pieces, VU=value.uniform, NARROW=narrow, **shape,
-            **options,
+        forms.start(
+            partials, (blocks, splits, 1), form,
+            [prepared, scores, pages.view(torch.int32), ints, bias, sums, *key.arguments, *value.arguments,
+             *words, *begins, *strides, batch, parts, room, *limits],
+            lambda: shape | {
+                "KEYS": key.pieces, "KU": key.uniform, "VALUES": value.pieces, "VU": value.uniform, "NARROW": narrow,
+                **partials_options(tiles, max(dim, value_dim), _shared(device)),
+            },
         )  # fmt: skip
-    logits = ints if scoring.sink_logits is None else scoring.sink_logits.contiguous()
     part = min(dvp, 64)
-    combine[batch * heads, rows, dvp // part](
-        sums, ints, value.matrix, value.mean, logits, out, *out.stride()[:3], batch, parts, splits, steps,
-        H=heads, ROWS=rows, DV=value_dim, DVP=dvp, PART=part, SINKS=scoring.sink_logits is not None,
-        **OPTIONS,
+    forms.start(
+        combine, (batch * heads, rows, dvp // part), form,
+        [sums, ints, value.matrix, value.mean, logits, out, *out.stride()[:3], batch, parts, splits, steps],
+        lambda: {
+            "H": heads, "ROWS": rows, "DV": value_dim, "DVP": dvp, "PART": part,
+            "SINKS": scoring.sink_logits is not None, **OPTIONS,
+        },
     )  # fmt: skip
     return out

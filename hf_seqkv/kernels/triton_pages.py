@@ -15,7 +15,8 @@ import triton.language as tl
 from ..codec.center import Center
 from ..codec.page import QuantizedPageCodec
 from .triton_gather import gather_codes
-from .triton_scales import load_narrow, nearest_byte, number_of
+from .triton_launch import on_device_of
+from .triton_scales import load_scales, nearest_byte, number_of, scale_of
 from .triton_softmax import FUSED, VARY
 
 ENCODE, UNPACK = {"num_warps": 8, **FUSED}, {"num_warps": 4, **FUSED}
@@ -200,10 +201,7 @@ def unpack_kernel(
     data = pages + page * page_bytes
     code = gather_codes(data + codes_at, d, token[None, :], width, at, UNIFORM)
     y = tl.load(levels + (h * 9 + width) * 256 + code)
-    if NARROW:
-        scale = load_narrow(data + scales_at + h * 64 + token)
-    else:
-        scale = tl.load((data + scales_at).to(tl.pointer_type(tl.bfloat16)) + h * 64 + token).to(tl.float32)
+    scale = scale_of(load_scales(data + scales_at, h * 64 + token, NARROW), NARROW)
     scale = tl.where(scale < float("inf"), scale, 0)
     tl.store(out + ((page * H + h) * 64 + token[None, :]) * D + d, y * scale[None, :], mask=d < D)
 
@@ -239,6 +237,7 @@ def _power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+@on_device_of(1)
 def encode_pages(codec: QuantizedPageCodec, k: torch.Tensor, v: torch.Tensor, center: Center | None) -> torch.Tensor:
     """As `codec.encode(k - center.keys, v)`, for codecs that `triton_attend.supports` has nothing against.
 
@@ -272,6 +271,7 @@ def encode_pages(codec: QuantizedPageCodec, k: torch.Tensor, v: torch.Tensor, ce
     return pages
 
 
+@on_device_of(1)
 def unpack_pages(codec: QuantizedPageCodec, pages: torch.Tensor, side: int) -> torch.Tensor:
     """As `reference.unpack_pages`: levels times scales, `[..., H, P, D]` fp32."""
     flat = pages.contiguous().view(-1, codec.page_bytes)

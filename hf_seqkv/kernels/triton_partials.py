@@ -1,8 +1,9 @@
 """The Triton kernel that reads pages: scores, online softmax and mix of a few pages, on their codes.
 
-Matrix units see fp16: queries times a power of two of their head's, levels, and probabilities times the value scale
-over the largest so far. Sums are fp32. Tiles are transposed, tokens by rows: the few query rows of a head are the
-narrow side of a product, so that little is computed for padding.
+Matrix units see bytes, levels by the tables of `triton_tables`, and numbers of two bytes: queries times a factor of
+their head's, and probabilities times the value scale over the largest so far. Sums are exact in a page, fp32 across
+pages. Where levels are gathered, all of these are fp16. Tiles are transposed, tokens by rows: the few query rows of a
+head are the narrow side of a product, so that little is computed for padding.
 """
 
 from __future__ import annotations
@@ -10,22 +11,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_bytes import BEGIN, MOST, join_bytes, load_bytes, split_bytes
 from .triton_gather import gather_tile
 from .triton_rows import softmax_sums
-from .triton_scales import load_narrow
-from .triton_softmax import FUSED, LOWEST, VARY, exact_dot, limit, mask_row, reorder, softmax
-from .triton_tile import component_of, key_tile, load_shifts, load_tables, token_of, value_tile
+from .triton_scales import load_scales, scale_of
+from .triton_softmax import FUSED, LOWEST, VARY, limit, mask_row, softmax
+from .triton_tile import component_of, key_tile, load_shifts, load_tables, reorder, token_of, value_tile
 
 
-def partials_options(tables: bool, plain: bool, dim: int) -> dict:
+def partials_options(tables: bool, dim: int, shared: int) -> dict:
     """How `partials` is compiled: one warp keeps tables, tile and softmax to itself.
 
-    The fewer registers and shared bytes a warp has, the more warps hide each other's waiting; fewer would be spilt.
-    Four and eight warps, for gathered levels with a constant part, computed something else on an H200 (Triton 3.6).
+    The fewer registers and shared bytes a warp has, the more warps hide each other's waiting; with fewer registers some
+    would be spilt. Codes are copied a page ahead where `shared`, the bytes of a multiprocessor, hold two pages of eight
+    warps. Four and eight warps, for gathered levels with a constant part, computed something else on an H200.
     """
     if not tables:
         return FUSED | {"num_warps": 1}
-    return FUSED | {"num_warps": 1, "num_stages": 2, "maxnreg": (168 if dim <= 128 else 200) if plain else 255}
+    stages = 3 if dim <= 128 and shared >= 160 << 10 else 2
+    return FUSED | {"num_warps": 1, "num_stages": stages, "maxnreg": 168 if dim <= 128 else 200}
 
 
 @triton.jit
@@ -34,15 +38,24 @@ def empty_mix(SIZE: tl.constexpr, RB: tl.constexpr):
     return tl.zeros([SIZE, RB], tl.float32)
 
 
+@triton.jit
+def page_number(step, begin, first, last, count, EDGE: tl.constexpr):
+    """Page of a step through those from `first` to `last` or, at the edges, before and after; a step too far, any."""
+    n = first + step
+    if EDGE:
+        n = tl.where(begin + step < first, begin + step, last + step - (first - begin))
+    return tl.minimum(n, count - 1)
+
+
 @triton.jit(do_not_specialize=VARY, do_not_specialize_on_alignment=["mask"])
 def partials(
-    prepared, starts, relative, pages, ints, mask, sums,
+    prepared, scores, pages, ints, mask, sums,
     key_tables, key_middle, key_levels, key_widths, key_offsets,
     value_tables, value_middle, value_levels, value_widths, value_offsets,
-    batch_words, page_words, key_codes, key_scales, value_codes, value_scales, starts_b, starts_n, mb, mh, ms,
-    batch, parts, steps, length, offset, window, ahead, softcap, column,
+    batch_words, page_words, key_codes, key_scales, value_codes, value_scales, mb, mh, ms,
+    batch, parts, room, steps, length, offset, window, ahead, softcap, column,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
-    KEYS: tl.constexpr, KU: tl.constexpr, VALUES: tl.constexpr, VU: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
+    KEYS: tl.constexpr, KU: tl.constexpr, VALUES: tl.constexpr, VU: tl.constexpr, RP: tl.constexpr,
     CENTER: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """A head's block of rows over a run of pages: from `prepared` to a part of `sums`, see `triton_rows`.
@@ -79,8 +92,8 @@ def partials(
     r = part * RB + lane
     row, here = mask_row(b, h, r % ROWS, ROWS // steps, steps, length, mb, mh, ms)
     limits = (offset, window, ahead, softcap, column)
-    record = prepared + block * RB * (DP // 2 + 2 + (2 * HP if CENTER else 0))
-    line = record.to(tl.pointer_type(tl.float16)) + lane[None, :]
+    record = prepared + block * RB * (DP // 2 + 2)
+    line = record.to(tl.pointer_type(tl.float16))
     record += DP // 2 * RB
     factor = tl.load(record)
     constant = tl.load(record + RB + lane)
@@ -91,96 +104,103 @@ def partials(
         token = token_of(token)
         shifts = load_shifts(key_tables)
     for j in tl.static_range(len(KEYS)):
-        place = tl.arange(0, KEYS[j][2])
         if TABLES:
-            place = component_of(place, KEYS[j][2])
-        place += KEYS[j][1]
-        q += (tl.load(line + place[:, None] * RB),)
-        if TABLES:
-            base += tl.sum(q[j].to(tl.float32) * tl.load(key_middle + h * D + place)[:, None], 0)
-            key_words += (load_tables(key_tables + h * 64, KEYS[j][0]),)
+            place = component_of(tl.arange(0, 32), KEYS[j][2])
+            place, there = KEYS[j][1] + place, place < KEYS[j][2]
+            middle = tl.load(key_middle + h * D + place, mask=there, other=0)
+            number, part = load_bytes(line, place, there, RB)
+            base += tl.sum(number * middle[:, None], 0)
+            q += (part,)
+            key_words += (load_tables(key_tables + h * 64, KEYS[j][0], KEYS[j][4]),)
+        else:
+            place = KEYS[j][1] + tl.arange(0, KEYS[j][2])
+            q += (tl.load(line + place[:, None] * RB + lane[None, :]),)
     for j in tl.static_range(len(VALUES)):
         acc += (empty_mix(VALUES[j][2], RB),)
         if TABLES:
-            value_words += (load_tables(value_tables + h * 64, VALUES[j][0]),)
+            value_words += (load_tables(value_tables + h * 64, VALUES[j][0], VALUES[j][4]),)
     if CENTER:
-        i = tl.arange(0, HP)
-        turn = relative + token[:, None] * HP + i[None, :]  # [cos, sin][64][HP] fp16
-        turn_cos, turn_sin = tl.load(turn), tl.load(turn + 64 * HP)
-        turns = record + 2 * RB + i[:, None] * RB + lane[None, :]
-        start = starts + b.to(tl.int64) * starts_b
+        # Tokens are in the order of `token` there.
+        score = scores + block.to(tl.int64) * room * 64 * RP + tl.arange(0, 64)[:, None] * RP + lane[None, :]
 
     head_pages = pages + b.to(tl.int64) * batch_words
-    ones = tl.full([16, 64], 1, tl.float16)
-    weighed = tl.zeros([16, RB], tl.float32)
+    key_scales += h * 64 + token
+    value_scales += h * 64 + token
     top = tl.full([RB], LOWEST, tl.float32)
-    tot = tl.zeros([8, RB], tl.float32)
-    largest = factor * 0 + 1e-30
+    tot, weighed = tl.zeros([8, RB], tl.float32), tl.zeros([8, RB], tl.float32)
 
     for EDGE in tl.static_range(1 if ONE else 0, 2):
-        left = first - begin
-        for step in range(0, left + end - last if EDGE else last - first):
-            if EDGE:
-                n = tl.where(step < left, begin + step, last + step - left)
-            else:
-                n = first + step
+        # Scales are too small to be copied asynchronously: they are read a page ahead.
+        page = head_pages + page_number(0, begin, first, last, count, EDGE) * page_words
+        key_scale = scale_of(load_scales(page, key_scales, NARROW), NARROW)
+        value_scale = scale_of(load_scales(page, value_scales, NARROW), NARROW)
+        for step in range(0, first - begin + end - last if EDGE else last - first):
+            page = head_pages + page_number(step + 1, begin, first, last, count, EDGE) * page_words
+            next_k, next_v = load_scales(page, key_scales, NARROW), load_scales(page, value_scales, NARROW)
+            n = page_number(step, begin, first, last, count, EDGE)
             page = head_pages + n * page_words
             # The head, so told that no address of a gathered tile is computed before the loop, to fill the registers.
             again = h + (n * n + n) % 2
-            if NARROW:
-                scales = page.to(tl.pointer_type(tl.uint8)) + h * 64 + token
-                key_scale, value_scale = load_narrow(scales + key_scales), load_narrow(scales + value_scales)
-            else:
-                scales = page.to(tl.pointer_type(tl.bfloat16)) + h * 64 + token
-                key_scale = tl.load(scales + key_scales).to(tl.float32)
-                value_scale = tl.load(scales + value_scales).to(tl.float32)
-            y = tl.broadcast_to(base[None, :], (64, RB))
+            if CENTER:
+                apart = tl.load(score + n * (64 * RP), mask=(lane < RP)[None, :], other=0)
             codes = page + key_codes
+            if TABLES:
+                y = tl.full([64, 2 * RB], BEGIN, tl.int32)
+            else:
+                y = tl.zeros([64, RB], tl.float32)
             for j in tl.static_range(len(KEYS)):
                 if TABLES:
                     head = codes + h * KEY_WORDS + KEYS[j][3]
-                    tile = key_tile(head, key_words[j], shifts, KEYS[j][2], KEYS[j][0])
+                    tile = key_tile(head, key_words[j], shifts, KEYS[j][2], KEYS[j][0], KEYS[j][4])
                 else:
                     tile = gather_tile(codes, again, key_levels, key_widths, key_offsets, D, KEYS[j][1], KEYS[j][2], KU)
                     tile = tl.trans(tile)
-                y = tl.dot(tile, q[j], y)
-            y *= key_scale[:, None]
+                y = tl.dot(tile, q[j], y, out_dtype=y.dtype)
+            if TABLES:
+                y = join_bytes(y, 64, RB) + base[None, :]
+            y *= (tl.where(key_scale < float("inf"), key_scale, 0) * factor)[:, None]
             if CENTER:
-                cos = tl.load(start + n * starts_n + i, mask=i < HALF, other=0)[:, None]
-                sin = tl.load(start + n * starts_n + HALF + i, mask=i < HALF, other=0)[:, None]
-                a, c = tl.load(turns), tl.load(turns + HP * RB)
-                y = exact_dot(turn_cos, a * cos + c * sin, y)
-                y = exact_dot(turn_sin, c * cos - a * sin, y)
-            y *= factor
+                y += apart
             if SOFTCAP:
                 y += constant[None, :]
             if EDGE:
                 slot = slot0 + n * 64 + token
                 y = limit(y, slot, here, row, mask, slot >= 0, limits, SOFTCAP, MASK)
-            y = tl.where((key_scale < float("inf"))[:, None], y, -float("inf"))
-            top, shrink, p = softmax(y, top)
-            tot = tot * shrink[None, :] + tl.sum(tl.reshape(p, (8, 8, RB)), 0)
-            most = tl.maximum(largest, tl.max(tl.abs(value_scale), 0))
-            shrink *= largest / most
-            largest = most
-            weights = (p * (value_scale * (32768 / most))[:, None]).to(tl.float16)
+            # Tokens that are held elsewhere have no scale.
+            y += tl.where(key_scale < float("inf"), 0, -float("inf"))[:, None]
+            # Weights are relative to the page's own, so that many small ones count however large another page's were.
+            page_top, _, p = softmax(y, tl.full([RB], LOWEST, tl.float32))
+            new = tl.maximum(top, page_top)
+            shrink, gain = tl.exp2(top - new), tl.exp2(page_top - new)
+            top = new
+            tot = tot * shrink[None, :] + tl.sum(tl.reshape(p, (8, 8, RB)), 0) * gain[None, :]
+            most = tl.maximum(tl.max(tl.abs(value_scale), 0), 1e-30)
+            gain *= most / MOST
+            weights = p * (value_scale * (MOST / most))[:, None]
             if TABLES:
-                weights = reorder(weights, RB)
-                weighed = tl.dot(ones, weights, weighed * shrink[None, :])
+                weights, rounded = split_bytes(reorder(weights, RB), 64, RB)
+                weighed = weighed * shrink[None, :] + tl.sum(tl.reshape(rounded, (8, 8, RB)), 0) * gain[None, :]
+            else:
+                weights = weights.to(tl.float16)
             codes = page + value_codes
             mix = ()
             for j in tl.static_range(len(VALUES)):
                 if TABLES:
                     head = codes + h * VALUE_WORDS + VALUES[j][3]
-                    tile = value_tile(head, value_words[j], shifts, VALUES[j][2], VALUES[j][0])
+                    tile = value_tile(head, value_words[j], shifts, VALUES[j][2], VALUES[j][0], VALUES[j][4])
                 else:
                     tile = gather_tile(
                         codes, again, value_levels, value_widths, value_offsets, DV, VALUES[j][1], VALUES[j][2], VU
                     )
-                mix += (tl.dot(tile, weights, acc[j] * shrink[None, :]),)
+                if TABLES:
+                    none = tl.full([VALUES[j][2], 2 * RB], BEGIN, tl.int32)
+                    found = join_bytes(tl.dot(tile, weights, none, out_dtype=tl.int32), VALUES[j][2], RB)
+                else:
+                    found = tl.dot(tile, weights)
+                mix += (acc[j] * shrink[None, :] + found * gain[None, :],)
             acc = mix
+            key_scale, value_scale = scale_of(next_k, NARROW), scale_of(next_v, NARROW)
 
-    unit = largest / 32768
     if SOFTCAP:
         constant = tl.zeros([RB], tl.float32)
     tops, totals = softmax_sums(sums, batch, parts, H, ROWS, DV)
@@ -193,5 +213,5 @@ def partials(
         e = VALUES[j][1] + tl.arange(0, VALUES[j][2])
         found = acc[j]
         if TABLES:
-            found += tl.load(value_middle + h * DV + e)[:, None] * tl.max(weighed, 0)[None, :]
-        tl.store(line + e[:, None], found * unit, mask=valid[None, :] & (e < DV)[:, None])
+            found += tl.load(value_middle + h * DV + e)[:, None] * tl.sum(weighed, 0)[None, :]
+        tl.store(line + e[:, None], found, mask=valid[None, :] & (e < DV)[:, None])

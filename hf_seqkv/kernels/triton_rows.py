@@ -1,12 +1,14 @@
 """The Triton kernels before and after `triton_partials`: what a head's rows need, dense tokens, and all parts merged.
 
-Queries of a head share a power of two that brings them to fp16's range. Everything here is fp32, to the last digits:
-matrix units take numbers in three parts (`tf32x3`) where they can. Between the kernels lie two buffers of fp32:
+Queries of a head share a factor that brings them to what matrix units take. Everything here is fp32, to the last
+digits: matrix units take numbers in three parts (`tf32x3`) where they can. Between the kernels lie two buffers of fp32:
 
-    prepared    by block of rows: queries `[DP, RB]` fp16 as keys are rotated, their factor and the constant score
-                `[RB]` each, and where keys have a constant part its coefficients `[2, HP, RB]`
+    prepared    by block of rows: queries as keys are rotated, `[DP, RB]` fp16 or, for tiles, two bytes each
+                (`triton_tile.split_bytes`); their factor and the constant score, `[RB]` each
     sums        by KV head and part: mix `[pairs, parts, rows, DV]`, then maxima and totals `[pairs, parts, rows]` of
                 its softmax; first the parts of pages, from `splits` on those of dense tokens, `CHUNK` of them each
+
+and where keys have a constant part its scores, `[blocks, room, 64, RP]` fp32 (`triton_center`).
 """
 
 from __future__ import annotations
@@ -14,16 +16,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_bytes import MOST, split_bytes
+from .triton_center import center_scores
 from .triton_softmax import FUSED, LOG2E, LOWEST, VARY, limit, mask_row, softmax
 
 CHUNK = tl.constexpr(32)  # dense tokens a part
 SLICE = tl.constexpr(32)  # rotated components a program
 OPTIONS = {"num_warps": 4, **FUSED}
+NVIDIA = OPTIONS | {"maxnreg": 168}  # of `prepare`: three programs a multiprocessor
 
 
-def prepared_size(padded: int, rows: int, pairs: int) -> int:
-    """Numbers of a block in `prepared`: `padded` components, `rows` queries, `pairs` of RoPE (0 without a center)."""
-    return rows * (padded // 2 + 2 + 2 * pairs)
+def prepared_size(padded: int, rows: int) -> int:
+    """Numbers of a block in `prepared`: `padded` components of `rows` queries."""
+    return rows * (padded // 2 + 2)
+
+
+def pages_scored(rows: int) -> int:
+    """Pages whose constant scores a program computes, for `rows` queries: what registers hold."""
+    return max(64 // rows, 2)
 
 
 @triton.jit
@@ -36,14 +46,16 @@ def softmax_sums(sums, batch, parts, H: tl.constexpr, ROWS: tl.constexpr, DV: tl
 @triton.jit(do_not_specialize=VARY, do_not_specialize_on_alignment=["mask"])
 def prepare(
     query, scale, matrix, norm, key_mean, center_mean, prepared,
-    sink_k, sink_v, recent_k, recent_v, side_k, side_v, side_slots, ints, mask, sums,
-    qb, qh, qt, sink_room, recent_room, side_room, mb, mh, ms,
-    batch, parts, splits, sinks, recents, sides, steps, length, offset, window, ahead, softcap, column,
+    sink_k, sink_v, recent_k, recent_v, side_k, side_v, side_slots, ints, mask, sums, starts, relative, scores,
+    qb, qh, qt, sink_room, recent_room, side_room, mb, mh, ms, starts_b, starts_n,
+    batch, parts, splits, sinks, recents, sides, room, steps, length, offset, window, ahead, softcap, column,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, INTERLEAVED: tl.constexpr, CENTER: tl.constexpr,
-    SOFTCAP: tl.constexpr, MASK: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
+    RP: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+    SIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A head and block of rows: a slice of what `partials` needs or, after `DP / SLICE` programs, some dense tokens.
+    """A head and block of rows: in its first `DP / SLICE` programs a slice of what `partials` needs, then as many
+    dense tokens as a part has, then scores of the constant part of `PAGES` pages.
 
     Runs of dense tokens are `[B, H, room, D]`: the first `sinks`, `recents` and `sides` of them.
     """
@@ -51,14 +63,15 @@ def prepare(
     block, which = tl.program_id(0), tl.program_id(1)
     pair, part = block // tl.cdiv(ROWS, RB), block % tl.cdiv(ROWS, RB)
     b, h = pair // H, pair % H
-    lane = tl.arange(0, RB)
+    LANES: tl.constexpr = RB if RB > 8 else 8  # as few as matrix units take
+    lane = tl.arange(0, LANES)
     r = part * RB + lane
     groups = ROWS // steps
     line = query + b.to(tl.int64) * qb + (h * groups + r // steps).to(tl.int64) * qh + (r % steps) * qt
-    valid = r < ROWS
+    valid = (r < ROWS) & (lane < RB)
     d = tl.arange(0, DP)
     inside = (d < D)[:, None] & valid[None, :]
-    q = tl.load(line[None, :] + d[:, None], mask=inside, other=0).to(tl.float32) * scale  # [DP, RB]
+    q = tl.load(line[None, :] + d[:, None], mask=inside, other=0).to(tl.float32) * scale  # [DP, LANES]
     if which < SLICES:
         out = which * SLICE + tl.arange(0, SLICE)
         turn = matrix + (h * D + out[:, None]) * D + d[None, :]
@@ -67,33 +80,24 @@ def prepare(
         size = tl.maximum(tl.sqrt(tl.max(tl.sum(q * q, 0))) * tl.load(norm + h), 1e-20)
         constant = tl.sum(q * tl.load(key_mean + h * D + d, mask=d < D, other=0)[:, None], 0)
         if CENTER:
-            mean = center_mean + pair * D
-            rest = tl.load(mean + d, mask=(d < D) & (d >= 2 * HALF), other=0)
+            rest = tl.load(center_mean + pair * D + d, mask=(d < D) & (d >= 2 * HALF), other=0)
             constant += tl.sum(q * rest[:, None], 0)
-            i = tl.arange(0, HP)
-            first, second = i, i + HALF
-            if INTERLEAVED:
-                first, second = 2 * i, 2 * i + 1
-            paired = (i < HALF)[:, None] & valid[None, :]
-            qa = tl.load(line[None, :] + first[:, None], mask=paired, other=0).to(tl.float32) * scale
-            qs = tl.load(line[None, :] + second[:, None], mask=paired, other=0).to(tl.float32) * scale
-            ma = tl.load(mean + first, mask=i < HALF, other=0)[:, None]
-            mb_ = tl.load(mean + second, mask=i < HALF, other=0)[:, None]
-            cos, sin = qa * ma + qs * mb_, qs * ma - qa * mb_
-            size = tl.maximum(size, tl.max(tl.maximum(tl.abs(cos), tl.abs(sin))))
-        factor = tl.exp2(tl.ceil(tl.log2(size)) - 12)
-        record = prepared + block * RB * (DP // 2 + 2 + (2 * HP if CENTER else 0))
+        factor = size / MOST
+        record = prepared + block * RB * (DP // 2 + 2)
         y = tl.dot(turn, q, input_precision=PRECISION) / factor
-        tl.store(record.to(tl.pointer_type(tl.float16)) + out[:, None] * RB + lane[None, :], y.to(tl.float16))
+        if TILES:
+            both, _ = split_bytes(y, SLICE, LANES)
+            place = tl.arange(0, 2 * LANES)[None, :]
+            data = record.to(tl.pointer_type(tl.int8)) + out[:, None] * (2 * RB) + place
+            tl.store(data, both, mask=place < 2 * RB)
+        else:
+            data = record.to(tl.pointer_type(tl.float16)) + out[:, None] * RB + lane[None, :]
+            tl.store(data, y.to(tl.float16), mask=(lane < RB)[None, :])
         if which == 0:
             record += DP // 2 * RB
-            tl.store(record + lane, tl.zeros([RB], tl.float32) + factor)
-            tl.store(record + RB + lane, constant)
-            if CENTER:
-                turns = record + 2 * RB + i[:, None] * RB + lane[None, :]
-                tl.store(turns, cos / factor)
-                tl.store(turns + HP * RB, sin / factor)
-    else:
+            tl.store(record + lane, tl.zeros([LANES], tl.float32) + factor, mask=lane < RB)
+            tl.store(record + RB + lane, constant, mask=lane < RB)
+    elif which < SLICES + parts - splits:
         chunk = which - SLICES
         sink_chunks = tl.cdiv(sinks, CHUNK)
         recent_chunks = parts - splits - sink_chunks
@@ -123,13 +127,24 @@ def prepare(
         values = tl.load(v + token[None, :] * DV + e[:, None], mask=there[None, :] & (e < DV)[:, None], other=0)
         y = tl.dot(keys.to(tl.float32), q, input_precision=PRECISION)
         y = limit(y, slot, here, row, mask, there, (offset, window, ahead, softcap, column), SOFTCAP, MASK)
-        top, _, p = softmax(y, tl.full([RB], LOWEST, tl.float32))
+        top, _, p = softmax(y, tl.full([LANES], LOWEST, tl.float32))
         acc = tl.dot(values.to(tl.float32), p, input_precision=PRECISION)
         tops, totals = softmax_sums(sums, batch, parts, H, ROWS, DV)
         at = (at * parts + splits + chunk) * ROWS + r
         tl.store(tops + at, top, mask=valid)
         tl.store(totals + at, tl.sum(p, 0), mask=valid)
         tl.store(sums + at[None, :] * DV + e[:, None], acc, mask=valid[None, :] & (e < DV)[:, None])
+    elif CENTER:
+        first, count = (which - SLICES - parts + splits) * PAGES, tl.load(ints + b)
+        if first < count:
+            own = part * RB + tl.arange(0, RP)
+            each = query + b.to(tl.int64) * qb + (h * groups + own // steps).to(tl.int64) * qh + (own % steps) * qt
+            scores += block.to(tl.int64) * room * 64 * RP
+            starts += b.to(tl.int64) * starts_b
+            center_scores(
+                each, center_mean + pair * D, scale, own < ROWS, starts, starts_n, relative, scores, first, count,
+                HALF, HP, RP, PAGES, TILES, INTERLEAVED,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -137,8 +152,8 @@ def _merge(sums, tops, totals, first, count, e, ROWS: tl.constexpr, DV: tl.const
     """Maximum, total and mix of components `e` of `count` parts of a row, the first at `first`."""
     top, total = tl.full([], LOWEST, tl.float32), tl.full([], 0, tl.float32)
     mix = tl.zeros([e.shape[0]], tl.float32)
-    for begin in range(0, count, 16):
-        i = begin + tl.arange(0, 16)
+    for begin in range(0, count, 32):
+        i = begin + tl.arange(0, 32)
         at = first + i * ROWS
         tops_here = tl.load(tops + at, mask=i < count, other=LOWEST)
         totals_here = tl.load(totals + at, mask=i < count, other=0)

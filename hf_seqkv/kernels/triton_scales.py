@@ -18,9 +18,17 @@ def number_of(byte):
 
 
 @triton.jit
-def load_narrow(data):
-    """The scales that `data` points to, as fp32."""
-    byte = tl.load(data).to(tl.int32)
+def load_scales(data, place, NARROW: tl.constexpr):
+    """Scales at `place` from `data` on as they are stored: bf16, or bytes where they are `NARROW`."""
+    return tl.load(data.to(tl.pointer_type(tl.uint8 if NARROW else tl.bfloat16)) + place)
+
+
+@triton.jit
+def scale_of(stored, NARROW: tl.constexpr):
+    """Stored scales as fp32."""
+    if not NARROW:
+        return stored.to(tl.float32)
+    byte = stored.to(tl.int32)
     return tl.where(byte == _HELD, float("inf"), tl.where(byte == 0, 0.0, number_of(byte)))
 
 

@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4e38)  # of a maximum, so that differences of maxima are numbers
 # What changes from step to step, or with the batch or a mask, is not worth a compilation.
 VARY = [
-    *("batch", "parts", "splits", "sinks", "recents", "sides", "sink_room", "recent_room", "side_room"),
+    *("batch", "parts", "splits", "sinks", "recents", "sides", "room", "sink_room", "recent_room", "side_room"),
     *("length", "offset", "window", "ahead", "mb", "mh", "ms", "starts_b", "count"),
 ]
 
@@ -54,12 +54,6 @@ def mask_row(b, h, r, groups, steps, length, sb, sh, st):
     return b.to(tl.int64) * sb + (h * groups + r // steps).to(tl.int64) * sh + (r % steps).to(tl.int64) * st, (
         length - steps + r % steps
     )
-
-
-@triton.jit
-def reorder(p, R: tl.constexpr):
-    """Rows `[64, R]` from the order of `key_tile`'s tokens to that of `value_tile`'s, bit by bit."""
-    return tl.reshape(tl.permute(tl.reshape(p, (2, 2, 2, 2, 2, 2, R)), (0, 1, 3, 4, 5, 2, 6)), (64, R))
 
 
 @triton.jit
