@@ -67,9 +67,9 @@ GPUS = {
 
 # Instructions a code in the hot loop, softmax and products included, per KV head whatever its query heads: SASS
 # instructions x 32 lanes x warps / codes, from ahead-of-time compiles for head_dim 128, 4 query heads a KV head.
-# Those of codes are what `tests/triton_aot.py` prints for sm_80 and sm_90; centred keys, here left out, cost another
-# kernel's time, a seventh of the whole on an H200. 16 bits is a dense Triton kernel. A bound is no forecast: 8 x 131,072
-# tokens of 32 / 8 heads took an H200 1.8 times as long at 4 bits, as `bench kernels --device cuda` measured.
+# Those of codes are what `tests/triton_aot.py` prints for sm_80 and sm_90; the kernel of centred keys, a quarter of the
+# whole on an H200, is left out. 16 bits is a dense Triton kernel. A bound is no forecast: 8 x 131,072 tokens of 32 / 8
+# heads took an H200 1.8 times as long at 4 bits, as `bench kernels --device cuda` measured.
 INSTRUCTIONS = {16: 2.25, 8: 6.8, 5: 3.56, 4: 2.25, 3: 2.17, 2: 1.7}
 ESTIMATES = {6: 6.8}  # not compiled: gathered, as 8 bits are
 
