@@ -60,9 +60,10 @@ def run(args: argparse.Namespace) -> int:
     directory = calibration.save_pretrained(args.out)
     print(f"wrote {directory}", file=sys.stderr)
     for name, row in calibration.config.get("quality", {}).items():
+        forecast = f", {row['kl'] / row['forecast']:.1f} times the metric's forecast" if "forecast" in row else ""
         print(
             f"  {name:34s} {row['bits_per_value']:.3f} bits a value, perplexity x{row['ratio']:.4f} ± "
-            f"{row['ratio_error']:.4f}, KL {row['kl']:.5f}",
+            f"{row['ratio_error']:.4f}, KL {row['kl']:.5f}{forecast}",
             file=sys.stderr,
         )
     if args.push_to_hub:
@@ -96,7 +97,10 @@ def _split(texts: list[str]) -> tuple[list[str], str]:
 
 
 def _evaluate(model, tokenizer, text: str, calibration) -> dict:
-    """Quality on held-back text of what was fitted and of data-free methods; names the sequence codec's presets."""
+    """Quality on held-back text of what was fitted and of data-free methods; names the sequence codec's presets.
+
+    Where its divergence is far above the `forecast` that the metric of gradients gave, that has seen too few tokens.
+    """
     from ..eval import quality
     from ..eval.presets import choose_steps
 
@@ -110,6 +114,8 @@ def _evaluate(model, tokenizer, text: str, calibration) -> dict:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW
     plan = quality.Plan(windows=1, window=min(WINDOW, limit))
     rows = quality.measure(model, tokenizer, {"held-back text": text}, methods, plan)["all"]
+    for (profile, step), name in names.items():
+        rows[name]["forecast"] = sequence[profile]["forecast"][str(step)]
     for profile, made in sequence.items():
         made["presets"] = choose_steps({step: rows[name]["kl"] for (of, step), name in names.items() if of == profile})
     return rows

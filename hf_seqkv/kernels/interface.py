@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -144,6 +145,9 @@ def _backend(name: str) -> Backend | str:
     return Backend(name, attend_codes, encode_pages, unpack_pages, tolerance)
 
 
+_OBSTACLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
 def _obstacle(name: str, codec: PageCodec, device: torch.device) -> str | None:
     """Why a compiled backend cannot read these pages, or None."""
     if (device.type == "cpu") != (name == "cpu"):
@@ -181,7 +185,10 @@ def select_backend(name: str, codec: PageCodec, device: torch.device) -> Backend
     wanted = "reference" if not isinstance(codec, QuantizedPageCodec) else name
     if wanted == "auto":
         wanted = "cpu" if device.type == "cpu" else "triton"
-    why = None if wanted == "reference" else _obstacle(wanted, codec, device)
+    known = _OBSTACLES.setdefault(codec, {})  # asked for in every layer of every step
+    if (wanted, device) not in known:
+        known[wanted, device] = None if wanted == "reference" else _obstacle(wanted, codec, device)
+    why = known[wanted, device]
     if why is None:
         return _backend(wanted)
     if name != "auto":
