@@ -98,7 +98,14 @@ def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return written(rows, device)
+    _load(device)
     return _copied(rows, device, torch.cuda.current_stream(device))
+
+
+@functools.cache
+def _load(device: torch.device) -> None:
+    """Compile and load what only a capture starts, in which nothing may be loaded."""
+    written(((0,),), device)
 
 
 @functools.lru_cache(maxsize=16)
