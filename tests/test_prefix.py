@@ -12,9 +12,16 @@ from transformers import AutoModelForCausalLM
 from hf_seqkv import SeqKVCache
 from hf_seqkv.errors import ConfigError, SeqKVWarning
 from hf_seqkv.integration.compat import CACHE_NAME
+from hf_seqkv.store.planner import Rates
 from hf_seqkv.store.prefix_store import PrefixStore
 
 PAGE, SINKS = SMALL["page_size"], 4
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_measured(monkeypatch):
+    """So that all that is found is loaded: which is faster, of models as small as these, is chance."""
+    monkeypatch.setattr(PrefixStore, "rates", lambda self: Rates({}, None))
 
 
 @pytest.fixture
