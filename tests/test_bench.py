@@ -11,7 +11,8 @@ from models import SMALL, prompt, tiny
 from hf_seqkv.cli import main
 from hf_seqkv.errors import BackendError, ConfigError
 from hf_seqkv.eval import bench_decode, bench_kernels, bench_report, bench_timing, passages, smollm2
-from hf_seqkv.eval.bench_kernels import BASELINE, Rate, Shape
+from hf_seqkv.eval.bench_kernels import BASELINE
+from hf_seqkv.eval.bench_shapes import Rate, Shape, page_codec
 from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.kernels import interface, reference
 
@@ -109,10 +110,18 @@ def test_dense_ways_agree():
             torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0, msg=name)
 
 
+def test_quarters_are_runs_of_two_widths():
+    codec = page_codec(Shape(4, 2, 64), Rate(3.5, 2.25), 64)
+    assert codec.key.widths.tolist() == [[4] * 32 + [3] * 32] * 2
+    assert codec.value.widths.tolist() == [[3] * 16 + [2] * 48] * 2
+    assert codec.key.levels.diff()[0, [3, 4], 1:7].gt(0).all()
+    assert Rate(3.5, 2.25, True).name == "3.5/2.25c"
+
+
 @pytest.mark.parametrize("center", [False, True])
 def test_view(center):
     """A cache of so many tokens, of which the kernel sees every one."""
-    codec = bench_kernels.page_codec(SHAPE, Rate(5, 4), 64)
+    codec = page_codec(SHAPE, Rate(5, 4), 64)
     view = bench_kernels.make_view(codec, 400, center, torch.bfloat16)
     assert view.length == 400
     assert view.counts == [5]  # of 64, after 4 and before at least 32
@@ -159,7 +168,7 @@ def test_nan_is_wrong():
 
 
 def test_kernels_command(reference_backend, capsys):
-    argv = ["--shape", "6/2x32", "--tokens", "128", "--bits", "4", "5/4", "--center", "--threads", "1"]
+    argv = ["--shape", "6/2x32", "--tokens", "128", "--bits", "4", "3.5/2.5", "--center", "--threads", "1"]
     assert main(["bench", "kernels", *argv, "--seconds", "0.01", "--json"]) == 0
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 1
@@ -167,7 +176,7 @@ def test_kernels_command(reference_backend, capsys):
     assert result["command"].startswith("seqkv bench kernels --shape 6/2x32")
     assert result["backend"] == "reference"
     dense = [BASELINE, "bmm fp32", "sdpa bf16", "sdpa fp32", "DynamicCache"]
-    assert list(result["rows"][0]["routes"]) == [*dense, "4/4c", "5/4c"]
+    assert list(result["rows"][0]["routes"]) == [*dense, "4/4c", "3.5/2.5c"]
     for words in (result["command"], "6/2x32 (query heads", "30*", "x1.00", "fit the last-level cache", "reference: 0"):
         assert words in shown.err
 
@@ -194,6 +203,8 @@ def test_kernels_errors(reference_backend, argv, words, capsys):
     "argv",
     [
         ["kernels", "--shape", "32x128"],
+        ["kernels", "--bits", "4.1"],
+        ["kernels", "--bits", "six"],
         ["kernels", "--shape", "9/2x64"],
         ["kernels", "--shape", "8/0x64"],
         ["kernels", "--bits", "7"],

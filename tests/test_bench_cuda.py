@@ -10,7 +10,8 @@ from pretend import pretended
 from hf_seqkv.cli import main
 from hf_seqkv.errors import ConfigError
 from hf_seqkv.eval import bench_cuda, bench_decode, bench_report
-from hf_seqkv.eval.bench_kernels import Rate, Shape, make_view, page_codec
+from hf_seqkv.eval.bench_kernels import make_view
+from hf_seqkv.eval.bench_shapes import Rate, Shape, page_codec
 
 CUDA = torch.cuda.is_available()
 

@@ -80,13 +80,18 @@ def _shape(text: str) -> tuple[int, int, int]:
     return int(numbers[0]), int(numbers[1]), int(dim)
 
 
-def _rate(text: str) -> tuple[int, int, bool]:
+def _rate(text: str) -> tuple[float, float, bool]:
     keys, slash, values = text.removesuffix("c").partition("/")
-    values = values if slash else keys
-    if not (keys.isdecimal() and values.isdecimal() and {int(keys), int(values)} <= set(BITS)):
+    try:
+        found = [float(bits) for bits in (keys, values if slash else keys)]
+    except ValueError:
+        found = []
+    if not found or any(bits not in BITS and not (2 <= bits <= 5 and bits * 4 % 1 == 0) for bits in found):
         widths = ", ".join(map(str, BITS))
-        raise argparse.ArgumentTypeError(f"{text!r} is not bits of {widths} such as 4, 5/4 or 5/4c")
-    return int(keys), int(values), text.endswith("c")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not bits of {widths}, or quarters from 2 to 5, such as 4, 5/4, 5/4c or 3.5/2.5"
+        )
+    return *found, text.endswith("c")
 
 
 def _run_kernels(args: argparse.Namespace) -> int:
@@ -98,14 +103,14 @@ def _run_kernels(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from ..eval import bench_kernels, bench_report, bench_timing
+    from ..eval import bench_kernels, bench_report, bench_shapes, bench_timing
 
     if args.device:
         return _run_cuda_kernels(args)
     if args.batch:
         raise ConfigError("--batch is for a GPU; give --device, or leave it out")
     print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
-    shapes = [bench_kernels.Shape(*shape) for shape in args.shape]
+    shapes = [bench_shapes.Shape(*shape) for shape in args.shape]
     rates = _kernel_rates(args)
     machine, backend = bench_timing.machine(), bench_kernels.chosen_backend()
     dtype = getattr(torch, args.dtype)
@@ -119,9 +124,9 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
 def _kernel_rates(args: argparse.Namespace) -> list:
     """Without repetition: "4" and "4c" are one rate where all are centred."""
-    from ..eval import bench_kernels
+    from ..eval import bench_shapes
 
-    return list(dict.fromkeys(bench_kernels.Rate(k, v, center or args.center) for k, v, center in args.bits))
+    return list(dict.fromkeys(bench_shapes.Rate(k, v, center or args.center) for k, v, center in args.bits))
 
 
 def _run_cuda_kernels(args: argparse.Namespace) -> int:
@@ -132,11 +137,11 @@ def _run_cuda_kernels(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from ..eval import bench_cuda, bench_kernels, bench_report, bench_timing
+    from ..eval import bench_cuda, bench_kernels, bench_report, bench_shapes, bench_timing
 
     if args.threads or args.warm:
         raise ConfigError("--threads and --warm are for the processor; leave them out, or --device")
-    gpu, shapes = bench_cuda.gpu(args.device), [bench_kernels.Shape(*shape) for shape in args.shape]
+    gpu, shapes = bench_cuda.gpu(args.device), [bench_shapes.Shape(*shape) for shape in args.shape]
     measured = args.device, getattr(torch, args.dtype), args.seconds
     rows = bench_cuda.bench(shapes, args.tokens, args.batch or [1, 8, 32], _kernel_rates(args), *measured)
     result = {"command": args.command, "machine": bench_timing.machine(), "gpu": gpu}

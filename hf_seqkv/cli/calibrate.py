@@ -99,7 +99,8 @@ def _split(texts: list[str]) -> tuple[list[str], str]:
 def _evaluate(model, tokenizer, text: str, calibration) -> dict:
     """Quality on held-back text of what was fitted and of data-free methods; names the sequence codec's presets.
 
-    Where its divergence is far above the `forecast` that the metric of gradients gave, that has seen too few tokens.
+    How far its divergence is above the `forecast` of the metric of gradients, which knows nothing of how errors of all
+    layers meet, tells whether that has seen enough tokens: 8 to 17 times with 4,096 of SmolLM2's.
     """
     from ..eval import quality
     from ..eval.presets import choose_steps

@@ -20,7 +20,8 @@ from ..config import SeqKVConfig
 from ..errors import ConfigError
 from ..kernels import reference
 from ..kernels.interface import Scoring, select_backend
-from .bench_kernels import Rate, Shape, copy_count, make_view, page_codec, page_count, verify
+from .bench_kernels import copy_count, make_view, page_count, verify
+from .bench_shapes import Rate, Shape, page_codec
 from .bench_timing import interleaved, spread, with_speedup
 
 BASELINE = "sdpa"

@@ -21,11 +21,11 @@ from transformers import DynamicCache
 
 from ..codec.center import Center
 from ..codec.page import QuantizedPageCodec
-from ..codec.vector import VectorCodec
-from ..config import DATA_FREE, SeqKVConfig
+from ..config import SeqKVConfig
 from ..errors import BackendError, ConfigError
 from ..kernels import reference
 from ..kernels.interface import DenseRun, LayerView, Scoring, select_backend
+from .bench_shapes import Rate, Shape, page_codec
 from .bench_timing import interleaved, last_level_cache, spread, with_speedup
 
 BASELINE = "bmm bf16"
@@ -33,32 +33,6 @@ LAYERS = 30  # most copies
 BEYOND = 4  # last-level caches that the dense copies fill together
 MEMORY = 4e9  # bytes of all copies
 ENCODED = 4  # distinct pages; the others repeat them
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Attention heads of a layer: query heads, KV heads, components of a head."""
-
-    query_heads: int
-    heads: int
-    dim: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.query_heads}/{self.heads}x{self.dim}"
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Bits of keys and of values, and whether the keys' constant part is coded apart."""
-
-    key_bits: int
-    value_bits: int
-    center: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.key_bits}/{self.value_bits}" + "c" * self.center
 
 
 @dataclass(frozen=True)
@@ -70,15 +44,6 @@ class Route:
 
 
 # -- the ways ----------------------------------------------------------------------------------------------------------
-
-
-def page_codec(shape: Shape, rate: Rate, page_size: int) -> QuantizedPageCodec:
-    """The data-free codec with its default options but the rate."""
-    same = {name: DATA_FREE[name] for name in ("rotation", "codebook", "scale", "scale_bits", "seed")}
-    widths = (rate.key_bits, rate.value_bits)
-    return QuantizedPageCodec(
-        *(VectorCodec.data_free(shape.heads, shape.dim, page_size, bits=bits, **same) for bits in widths)
-    )
 
 
 def chosen_backend(name: str = "auto", device: str = "cpu") -> str:
