@@ -212,6 +212,25 @@ def test_scales_of_any_size(expand):
     assert error(out, reference.attend_codes(*arguments)) < TABLES
 
 
+@pytest.mark.parametrize("expand", ["gathered", "tables"])
+def test_a_large_value_that_nothing_looks_at(expand):
+    """Beside it the values that count are as exact as without it: weights are not relative to its scale."""
+    query, view, mask, scoring = build(case(counts=(2,), pads=(0,), recent=1, sinks=0))
+    keys, values = (view.codec.sections[name][0] // 2 for name in ("key_scales", "value_scales"))
+    scales = view.pages.view(torch.bfloat16)
+    at = torch.arange(view.codec.heads) * 64 + 5
+    scales[..., keys + at] *= 2.0**7  # a key that some queries turn from, as far as others turn to it
+    signs = reference.attend_codes(query, view, mask, scoring)
+    scales[..., values + at] *= 2.0**20
+    with expanding(expand == "tables"):
+        out = attend(query, view, mask, scoring)
+    expected = reference.attend_codes(query, view, mask, scoring)
+    away = (expected.abs().amax(-1) < 2.0**10 * signs.abs().amax()).nonzero()
+    assert len(away)
+    for b, t, h in away.tolist():
+        assert error(out[b, t, h], expected[b, t, h]) < TABLES
+
+
 @pytest.mark.parametrize(("bits", "free"), [(2, True), (3, True), (4, True), (5, True), (5, False)])
 def test_byte_tables_cost_little(bits, free):
     levels = lloyd_max(bits, 128)

@@ -179,7 +179,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         scores = torch.empty(blocks * room * 64 * some, dtype=torch.float32, device=device)
     sums = torch.empty(batch * heads * parts * rows * (value_dim + 2), dtype=torch.float32, device=device)
     out = torch.empty(batch, steps, query_heads, value_dim, dtype=query.dtype, device=device)
-    cap = scoring.softcap or 0.0
+    cap = float(scoring.softcap or 0)
     ahead = 0 if scoring.causal and mask is None else FAR
     limits = (steps, view.length, view.offset, scoring.window or FAR, ahead, cap, 0 if mask is None else mask.stride(3))
     shape = {
@@ -193,7 +193,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     # All that the kernels' compiled forms depend on beside the codec.
     seen = seen_of(
         (query, pages, starts, relative, mean, *tensors, listed, bias, logits),
-        (*query.stride()[:3], *out.stride()[:3], *turns, *words),
+        (*query.stride()[:3], *out.stride()[:3], *turns, *words, limits[-1]),
     )
     form = (query_heads, steps, half, interleaved, *shape.values(), side is None, scoring.sink_logits is None, seen)
     forms.start(

@@ -1,7 +1,7 @@
 """The Triton kernel that reads pages: scores, online softmax and mix of a few pages, on their codes.
 
 Matrix units see bytes, levels by the tables of `triton_tables`, and numbers of two bytes: queries times a factor of
-their head's, and probabilities times the value scale over the largest so far. Sums are exact in a page, fp32 across
+their head's, and probabilities times the value scale over the largest of a page. Sums are exact in a page, fp32 across
 pages. Where levels are gathered, all of these are fp16. Tiles are transposed, tokens by rows: the few query rows of a
 head are the narrow side of a product, so that little is computed for padding.
 """
@@ -108,9 +108,9 @@ def partials(
             place = component_of(tl.arange(0, 32), KEYS[j][2])
             place, there = KEYS[j][1] + place, place < KEYS[j][2]
             middle = tl.load(key_middle + h * D + place, mask=there, other=0)
-            number, part = load_bytes(line, place, there, RB)
+            number, both = load_bytes(line, place, there, RB)
             base += tl.sum(number * middle[:, None], 0)
-            q += (part,)
+            q += (both,)
             key_words += (load_tables(key_tables + h * 64, KEYS[j][0], KEYS[j][4]),)
         else:
             place = KEYS[j][1] + tl.arange(0, KEYS[j][2])
@@ -168,15 +168,17 @@ def partials(
                 y = limit(y, slot, here, row, mask, slot >= 0, limits, SOFTCAP, MASK)
             # Tokens that are held elsewhere have no scale.
             y += tl.where(key_scale < float("inf"), 0, -float("inf"))[:, None]
-            # Weights are relative to the page's own, so that many small ones count however large another page's were.
+            # Weights are relative to a row's largest of the page: small ones count, however large another page's were
+            # and whatever the scales of tokens that nothing looks at.
             page_top, _, p = softmax(y, tl.full([RB], LOWEST, tl.float32))
             new = tl.maximum(top, page_top)
             shrink, gain = tl.exp2(top - new), tl.exp2(page_top - new)
             top = new
             tot = tot * shrink[None, :] + tl.sum(tl.reshape(p, (8, 8, RB)), 0) * gain[None, :]
-            most = tl.maximum(tl.max(tl.abs(value_scale), 0), 1e-30)
+            weights = p * value_scale[:, None]
+            most = tl.maximum(tl.max(tl.abs(weights), 0), 1e-30)
             gain *= most / MOST
-            weights = p * (value_scale * (MOST / most))[:, None]
+            weights *= (1 / most)[None, :] * MOST
             if TABLES:
                 weights, rounded = split_bytes(reorder(weights, RB), 64, RB)
                 weighed = weighed * shrink[None, :] + tl.sum(tl.reshape(rounded, (8, 8, RB)), 0) * gain[None, :]

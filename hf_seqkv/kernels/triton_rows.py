@@ -4,7 +4,7 @@ Queries of a head share a factor that brings them to what matrix units take. Eve
 digits: matrix units take numbers in three parts (`tf32x3`) where they can. Between the kernels lie two buffers of fp32:
 
     prepared    by block of rows: queries as keys are rotated, `[DP, RB]` fp16 or, for tiles, two bytes each
-                (`triton_tile.split_bytes`); their factor and the constant score, `[RB]` each
+                (`triton_bytes.split_bytes`); their factor and the constant score, `[RB]` each
     sums        by KV head and part: mix `[pairs, parts, rows, DV]`, then maxima and totals `[pairs, parts, rows]` of
                 its softmax; first the parts of pages, from `splits` on those of dense tokens, `CHUNK` of them each
 

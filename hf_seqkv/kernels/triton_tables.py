@@ -45,8 +45,8 @@ def pieces(widths: torch.Tensor, free: bool = True) -> tuple[tuple, ...]:
 def byte_table(levels: torch.Tensor, free: bool = True) -> tuple[torch.Tensor, float, float]:
     """Levels `[n]` as `step * (u + shift)`: `u [n]` int8, step and shift with the least error for Gaussian values.
 
-    `u` is at least 0 at 4 bits, where its top bit must be free (`triton_tile`), and -128 at the others. At 5 bits its
-    sign is the code's top bit; if levels are not `free` but symmetric, code `31 - c` has `-1 - u`.
+    `u` is at least 0 at 4 bits, where its top bit must be free (`triton_tile`), and -128 at the others. At 5 bits it is
+    negative for codes below 16; if levels are not `free` but symmetric, code `31 - c` has `-1 - u`.
     """
     levels = levels.double()
     n, least, most = len(levels), 0 if len(levels) == 16 else -128, 127
