@@ -47,6 +47,11 @@ def _codec(heads: int, dim: int, size: int, widths: tuple[int, ...], scale_bits:
     return VectorCodec(matrix.transpose(1, 2).contiguous(), matrix, blank, chosen, levels, "fit", size, scale_bits)
 
 
+def alone(embedding: torch.Tensor) -> Part:
+    """As much of a part as the exact codec takes: weights of the embedding, `[E, W]`."""
+    return Part(None, (len(embedding), 0, 0, 0, 0, 0), embedding, None, None, None, None, 0)
+
+
 @dataclass
 class Case:
     """Pages of layers, with all that predicts them."""
@@ -109,9 +114,7 @@ def make(
             kept.append(found.unflatten(-1, (layer.heads, dim)).transpose(1, 2))
             flat = torch.cat(inputs, -1).flatten(0, 1)
             weights = torch.linalg.lstsq(flat, found.flatten(0, 1)).solution
-            if kept is values:  # the weights of a layer's own keys
-                weights = torch.cat([weights, torch.zeros(layer.heads * layer.key_dim, width)])
-            parts.append(Part(torch.zeros(width), weights.half(), None, None, None, None, 0))
+            parts.append(alone(weights[:EMBEDDED].half()))
         behind = [x.transpose(1, 2).flatten(2) for x in (keys[-1], values[-1])] + behind
         behind = behind[:4]
         state = torch.cat([embedded, *behind[:2]], -1)

@@ -50,8 +50,8 @@ def test_round_trip(llama, saved):
 
 def test_future_format_is_refused(saved):
     config = json.loads((saved / CONFIG_NAME).read_text())
-    (saved / CONFIG_NAME).write_text(json.dumps(config | {"format_version": 3}))
-    with pytest.raises(CalibrationMismatchError, match="version 3, this hf_seqkv reads 2"):
+    (saved / CONFIG_NAME).write_text(json.dumps(config | {"format_version": 4}))
+    with pytest.raises(CalibrationMismatchError, match="version 4, this hf_seqkv reads 3"):
         SeqKVCalibration.from_pretrained(saved)
 
 
@@ -79,6 +79,7 @@ SHAPED = (
     *("0.key.std", "0.key.rotation", "1.value.widths", "2.key.levels", "1.held"),
     *(f"sequence.full.{name}" for name in ("tables", "offsets", "along", "0.key.predictor", "2.value.predictor")),
     *(f"sequence.light.1.key.{name}" for name in ("bias", "synthesis", "sizes", "refined", "importance", "share")),
+    "sequence.full.2.key.inputs",
 )
 
 
@@ -90,6 +91,17 @@ def test_tensors_of_another_shape_are_refused(complete, tmp_path, name):
     for tensor in damaged:
         SeqKVCalibration(complete.tensors | {name: tensor}, complete.config).save_pretrained(tmp_path)
         with pytest.raises(FormatError, match=rf"tensor {re.escape(name)} has shape .* make the calibration again"):
+            SeqKVCalibration.from_pretrained(tmp_path)
+
+
+def test_inputs_that_are_not_there_are_refused(complete, tmp_path):
+    """Values of the layer before, of more components than it has; the keys of the part's own layer, of keys."""
+    for name, place in (("2.value", 2), ("1.key", 5)):
+        name = f"sequence.full.{name}.inputs"
+        inputs = complete.tensors[name].clone()
+        inputs[place] += 2
+        SeqKVCalibration(complete.tensors | {name: inputs}, complete.config).save_pretrained(tmp_path)
+        with pytest.raises(FormatError, match=rf"{re.escape(name)} is .* must be 0 or the whole of"):
             SeqKVCalibration.from_pretrained(tmp_path)
 
 

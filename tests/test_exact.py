@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_cases import Layer, make
+from exact_cases import EMBEDDED, Layer, alone, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,6 @@ from hf_seqkv.calibration.exact_fit import Predictors
 from hf_seqkv.codec.exact import ExactCodec
 from hf_seqkv.codec.exact_cells import TOTAL, cells, interval_tables, normal_table
 from hf_seqkv.codec.exact_tables import ExactTables
-from hf_seqkv.codec.sequence_part import Part
 from hf_seqkv.codec.surroundings import Surroundings
 from hf_seqkv.errors import FormatError
 
@@ -229,7 +228,7 @@ def golden_codec(tensors):
     """What the golden pages were written by."""
     layers = (Layer(), Layer(heads=1, interleaved=True, scale_bits=16))
     tables = ExactTables.from_tensors({n.removeprefix("t."): x for n, x in tensors.items() if n.startswith("t.")})
-    parts = [Part(None, tensors[f"predictor.{i}"], None, None, None, None, 0) for i in range(2 * len(layers))]
+    parts = [alone(tensors[f"predictor.{i}"][:EMBEDDED]) for i in range(2 * len(layers))]
     around = Surroundings(
         tensors["embedded"],
         *([tensors[f"{name}.{i}"] for i in range(2)] for name in ("starts", "relative")),
@@ -253,7 +252,7 @@ def write_golden():
     case = make((Layer(), Layer(heads=1, interleaved=True, scale_bits=16)))
     some = slice(0, 2)
     tensors = {f"t.{name}": x for name, x in case.fit().tensors().items()}
-    tensors |= {f"predictor.{i}": part.predictor for i, part in enumerate(case.parts)}
+    tensors |= {f"predictor.{i}": part.embedding for i, part in enumerate(case.parts)}
     around = case.around().part(some)
     tensors["embedded"] = around.embedded
     for name in ("starts", "relative", "means"):

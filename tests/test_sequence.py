@@ -11,6 +11,7 @@ from hf_seqkv.codec.importance import LEVELS, features
 from hf_seqkv.codec.sequence import SequenceCodec
 from hf_seqkv.codec.sequence_part import (
     CLASSES,
+    INPUTS,
     LADDER,
     LEVEL_CLASSES,
     REFINED,
@@ -24,6 +25,7 @@ from hf_seqkv.codec.sequence_part import (
     dct,
     shifted,
     size_codes,
+    sources,
 )
 from hf_seqkv.codec.symbol_tables import LIMIT, SymbolTables
 
@@ -40,10 +42,10 @@ def widths():
 
 
 def inputs(index):
-    """Width of what a part is predicted from."""
+    """Widths of what a part is predicted from: all there is, but for the last layer's keys, which miss two."""
     sizes = [width for width, _ in widths()]
-    first = index - index % 2
-    return EMBEDDED + sum(sizes[max(0, first - 4) : first]) + (sizes[first] if index % 2 else 0)
+    found = [EMBEDDED, *(0 if n is None else sizes[n] for n in sources(index))]
+    return tuple(0 if index == 4 and at in (0, 3) else width for at, width in enumerate(found))
 
 
 def tables(symmetric_ratio=0.8):
@@ -68,9 +70,10 @@ def make_codec(predict=True, step=0, refine=1.0, seed=0):
         importance[0], importance[-1] = 1.5, refine
         codes = size_codes(2.0 ** normal(PAGE, width), BASE)
         refined = torch.full((LEVELS, width), size_codes(torch.tensor(BASE / 3), BASE).item(), dtype=torch.uint8)
-        predictor = normal(inputs(index), width) / inputs(index) ** 0.5 if predict else None
+        counts = inputs(index) if predict else (0,) * INPUTS
+        predictor = normal(sum(counts), width) / max(1, sum(counts)) ** 0.5
         ladder = [x.expand(len(LADDER), *x.shape).contiguous() for x in (codes, refined)]
-        parts.append(Part(normal(width), predictor, basis, *ladder, importance, share=4))
+        parts.append(Part(normal(width), counts, predictor, basis, *ladder, importance, share=4))
     return SequenceCodec(parts, dct(PAGE), tables(), torch.zeros(CLASSES, 3), BASE, step)
 
 

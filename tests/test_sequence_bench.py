@@ -67,7 +67,8 @@ def test_inspect(saved, tmp_path, capsys):
     assert found["presets"]["light"] == {"fine": -8, "balanced": 0, "small": 5}
     for row in found["layers"]:
         assert sum(row["hot_widths"].values()) == pytest.approx(1)
-        assert set(row["rates"]) == set(row["left"]) == {"full", "light"}
+        assert set(row["rates"]) == set(row["left"]) == set(row["inputs"]) == {"full", "light"}
+        assert row["inputs"]["light"] == 0
 
 
 def test_predicted_rates_fall_with_the_step():

@@ -9,6 +9,7 @@ from hf_seqkv.calibration.fit import fit_held
 from hf_seqkv.calibration.sensitivity import GAIN, Sensitivity
 from hf_seqkv.calibration.sequence_fit import Ingredients, Sample, fit_sequence
 from hf_seqkv.codec.importance import features
+from hf_seqkv.codec.sequence_part import INPUTS
 
 HEADS, DIM, PAGE, EMBEDDED, PAGES = 2, 6, 16, 16, 64
 WIDTH = HEADS * DIM
@@ -78,6 +79,15 @@ def test_what_is_left_is_the_noise():
     assert left["key"][1] == pytest.approx(NOISE, rel=0.2)
     assert left["value"][1] == pytest.approx(NOISE, rel=0.2)
     assert fitted(predict=False)[1]["left"] == {"key": [1, 1], "value": [1, 1]}
+
+
+def test_inputs_are_those_that_tell_something():
+    """Of embeddings, both sides of the layer before and of the one before that, and a part's own keys."""
+    codec = fitted()[0]
+    from_keys = [tuple(part.inputs) for part in codec.parts[1:]]
+    assert codec.parts[0].inputs == (EMBEDDED, 0, 0, 0, 0, 0)
+    assert from_keys == [(0, 0, 0, 0, 0, WIDTH), (0, WIDTH, 0, 0, 0, 0), (0, 0, 0, 0, 0, WIDTH)]
+    assert all(part.inputs == (0,) * INPUTS for part in fitted(predict=False)[0].parts)
 
 
 def test_prediction_saves_what_it_explains():

@@ -107,9 +107,10 @@ def golden_codec():
     for index, width in enumerate((4, 16, 16, 4)):
         sizes = (120 + numbers(len(LADDER), PAGE, width, salt=index) // 4).to(torch.uint8)
         refined = (120 + numbers(len(LADDER), LEVELS, width, salt=index) // 8).to(torch.uint8)
-        predictor = numbers(EMBEDDED + (0, 4, 20, 36)[index], width, salt=index) / 256
+        inputs = ((EMBEDDED, 0, 0, 0, 0, 0), (EMBEDDED, 0, 0, 0, 0, 4), (EMBEDDED, 4, 16, 0, 0, 0), (0, 4, 0, 0, 0, 16))
+        predictor = numbers(sum(inputs[index]), width, salt=index) / 256
         bias, importance = numbers(width, salt=9) / 8, torch.zeros(width)
-        parts.append(Part(bias, predictor, hadamard_matrix(width), sizes, refined, importance, share=5))
+        parts.append(Part(bias, inputs[index], predictor, hadamard_matrix(width), sizes, refined, importance, share=5))
     offsets = -(numbers(CLASSES, 3, span=9).abs() / 64)
     along = torch.block_diag(*[hadamard_matrix(4)] * 2)
     return SequenceCodec(parts, along, SymbolTables(frequencies.to(torch.uint16)), offsets, 0.125, -5)

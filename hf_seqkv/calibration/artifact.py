@@ -35,7 +35,7 @@ from .hub import CONFIG_NAME, TENSORS_NAME, download
 from .layout import PARTS, SEQUENCE_PARTS, SIDES, check_shapes
 from .sequence_fit import Sample
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CARD_NAME = "README.md"
 STEPS = 64  # quarter octaves either way: beyond a factor of 2**16 steps, sizes mean nothing
 
@@ -130,8 +130,8 @@ class SeqKVCalibration:
         parts = []
         for index in range(2 * self.config["model"]["num_hidden_layers"]):
             prefix = f"{index // 2}.{SIDES[index % 2]}"
-            fields = {name: tensor(f"{prefix}.{name}") for name in (*SEQUENCE_PARTS, "predictor")}
-            fields["share"] = int(fields["share"])
+            fields = {name: tensor(f"{prefix}.{name}") for name in SEQUENCE_PARTS}
+            fields |= {"share": int(fields["share"]), "inputs": tuple(fields["inputs"].tolist())}
             parts.append(Part(**fields))
         shared = (tensor("along"), SymbolTables(tensor("tables")), tensor("offsets"))
         return SequenceCodec(parts, *shared, made[profile]["base"], step)

@@ -23,7 +23,7 @@ from ..codec.exact_payload import open_payloads
 from ..codec.exact_predict import Nowhere, Side, expected_size, scale_steps, scale_values
 from ..codec.exact_tables import ExactTables
 from ..codec.page import QuantizedPageCodec
-from ..codec.sequence_part import Part
+from ..codec.sequence_part import Part, sources
 from ..codec.surroundings import Surroundings
 from ..errors import ConfigError
 from .regression import Regression
@@ -72,34 +72,33 @@ def fit_exact(
         parts: Of a sequence codec that predicts; None only without `using.embedding`.
 
     Raises:
-        ConfigError: The embedding is to be used, and nothing predicts from it.
+        ConfigError: The embedding is to be used, and there are no parts.
     """
-    if using.embedding and (parts is None or parts[0].predictor is None):
+    if using.embedding and parts is None:
         raise ConfigError("the exact codec predicts from embeddings by a sequence codec's weights; give one of 'full'")
-    embedded = embedding_inputs(around.embedded.float().flatten(0, 1).cpu().numpy()) if using.embedding else None
+    embeds = using.embedding and any(part.inputs[0] for part in parts)
+    embedded = embedding_inputs(around.embedded.float().flatten(0, 1).cpu().numpy()) if embeds else None
     regression = Regression(len(payloads[0]), pages[0].page_size)
     made: list[ExactPart] = []
-    widths: list[int] = []
     given: dict[int, np.ndarray] = {}  # inputs of earlier parts
     layers = tqdm(list(enumerate(pages)), desc="fit: exact codec", unit="layer", disable=not progress)
     for layer, page in layers:
         numbers, place = open_payloads(page, payloads[layer].cpu()), around.place(layer)
         for i, codec in enumerate((page.key.to("cpu"), page.value.to("cpu"))):
             index = 2 * layer + i
-            names = _inputs(index)
+            names = [n for n in sources(index) if n is not None]
             used = [n for n in names if (using.keys if n // 2 == layer else using.layers)]
-            weights = _embedding_rows(parts[index], [widths[n] for n in names]) if using.embedding else None
+            weights = parts[index].embedding if embeds and parts[index].inputs[0] else None
             fit = _PartFit(codec, *numbers[2 * i : 2 * i + 2], place if i == 0 else Nowhere(), weights, embedded)
             fit.predict(regression, names, used, [given[n] for n in names])
             fit.sharpen(using.heads, using.components)
             made.append(fit.part)
-            widths.append(codec.heads * codec.dim)
             given[index] = fit.side.learn(fit.raw)
             regression.add(index, torch.from_numpy(given[index] / PER_DEVIATION))
             kept = [n for n in range(index - 4 + i, index + 1) if n >= 0]
             regression.keep(kept)
             given = {n: given[n] for n in kept}
-    return ExactTables(made, using.embedding, using.adapts)
+    return ExactTables(made, embeds, using.adapts)
 
 
 def sampled_pages(
@@ -126,16 +125,6 @@ def sampled_pages(
         payloads.append(page.encode(keys, sample.values[layer].float()))
     relative = [relative_table(x[0].float()) for x in rows]
     return payloads, Surroundings(sample.embedded, starts, relative, list(interleaved), means)
-
-
-def _inputs(index: int) -> list[int]:
-    """Parts that a part is predicted from, in the order of `Context.inputs`."""
-    first = index - index % 2
-    return [n for n in (first - 2, first - 1, first - 4, first - 3) if n >= 0] + [first] * (index % 2)
-
-
-def _embedding_rows(part: Part, widths: list[int]) -> torch.Tensor:
-    return part.predictor[: len(part.predictor) - sum(widths)]
 
 
 class _PartFit:
@@ -177,9 +166,7 @@ class _PartFit:
         if self.embedding is not None:
             base = self.embedding.double().numpy() / PER_DEVIATION
             left = left - torch.from_numpy(self.embedded) @ torch.from_numpy(base).float()
-        bias, found = left.mean(0), torch.zeros(0, left.shape[1])
-        if used:
-            found, bias, _ = regression.solve(used, left)
+        found, bias, _ = regression.solve(used, left)
         blocks = iter(found.split([given[names.index(n)].shape[1] for n in used]))
         rest = [
             next(blocks) if n in used else torch.zeros(x.shape[1], left.shape[1])
@@ -188,8 +175,7 @@ class _PartFit:
         rest = torch.cat([torch.zeros(0, left.shape[1]), *rest]).double().numpy() / PER_DEVIATION
         gain = _gain(np.concatenate([base, rest]))
         self._set(weights=_whole(rest / gain), gain=torch.from_numpy(gain).float(), bias=bias.float())
-        inputs = ([self.embedded] if self.embedding is not None else []) + given
-        self.predicted = self.side.predict(inputs, len(self.raw))
+        self.predicted = self.side.predict(self.embedded, given, len(self.raw))
 
     def sharpen(self, heads: bool, components: bool) -> None:
         """What earlier heads and components tell, and what is left then."""

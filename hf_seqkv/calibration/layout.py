@@ -14,7 +14,7 @@ says what they are:
     sequence.{profile}.tables                             [C, 256] uint16   frequencies
     sequence.{profile}.offsets                            [C, 3]            reconstruction points
     sequence.{profile}.along                              [P, P]            transform along a page's tokens
-    sequence.{profile}.{i}.{side}.{bias, predictor (fp16), synthesis, sizes, refined, importance, share}
+    sequence.{profile}.{i}.{side}.{bias, inputs, predictor (fp16), synthesis, sizes, refined, importance, share}
 
 Tensors of the exact codec of these hot pages, where there is a sequence codec that predicts; `exact_part.ExactPart`
 says what they are:
@@ -27,7 +27,6 @@ And `texts.shingles`, which tells the texts it was made from (`overlap.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,13 +35,13 @@ from ..codec import importance
 from ..codec.deadzone import OFFSETS
 from ..codec.importance import LEVELS
 from ..codec.sequence import SequenceCodec
-from ..codec.sequence_part import CLASSES, LADDER
+from ..codec.sequence_part import CLASSES, INPUTS, LADDER, sources
 from ..codec.symbol_tables import ESCAPE
 from ..errors import FormatError
 
 SIDES = ("key", "value")
 PARTS = ("rotation", "std", "widths", "levels")
-SEQUENCE_PARTS = ("bias", "synthesis", "sizes", "refined", "importance", "share")
+SEQUENCE_PARTS = ("bias", "inputs", "predictor", "synthesis", "sizes", "refined", "importance", "share")
 
 
 def sequence_tensors(codec: SequenceCodec, profile: str) -> dict[str, torch.Tensor]:
@@ -51,8 +50,7 @@ def sequence_tensors(codec: SequenceCodec, profile: str) -> dict[str, torch.Tens
     for index, part in enumerate(codec.parts):
         prefix = f"{index // 2}.{SIDES[index % 2]}"
         found |= {f"{prefix}.{name}": torch.as_tensor(getattr(part, name)) for name in SEQUENCE_PARTS}
-        if part.predictor is not None:
-            found[f"{prefix}.predictor"] = part.predictor.half()
+        found[f"{prefix}.predictor"] = part.predictor.half()
     return {f"sequence.{profile}.{name}": x.contiguous() for name, x in found.items()}
 
 
@@ -84,38 +82,46 @@ def check_shapes(tensors: dict[str, torch.Tensor], config: dict[str, Any], sourc
             sides.append((heads, dim))
         if f"{i}.held" in tensors:
             expect(f"{i}.held", importance.count(*sides[2 * i]))
-    for profile, made in config.get("sequence", {}).items():
+    for profile in config.get("sequence", {}):
         prefix = f"sequence.{profile}"
         expect(f"{prefix}.tables", CLASSES, ESCAPE + 1)
         expect(f"{prefix}.offsets", CLASSES, OFFSETS)
         size, _ = expect(f"{prefix}.along", None, None)
         expect(f"{prefix}.along", size, size)
-        embedded = expect(f"{prefix}.0.key.predictor", None, None)[0] if made.get("predicts") else None
-        for i, fields in enumerate(_sequence_shapes(sides, size, embedded)):
-            for name, shape in fields.items():
-                expect(f"{prefix}.{i // 2}.{SIDES[i % 2]}.{name}", *shape)
+        embedded = 0  # components of an embedding, once a part is predicted from it
+        for i in range(len(sides)):
+            part = f"{prefix}.{i // 2}.{SIDES[i % 2]}"
+            expect(f"{part}.inputs", INPUTS)
+            found = tensors[f"{part}.inputs"].tolist()
+            embedded = embedded or found[0]
+            allowed = [embedded, *(_width(sides, n) for n in sources(i))]
+            if any(count not in (0, whole) for count, whole in zip(found, allowed, strict=True)):
+                raise FormatError(
+                    f"{source}: {part}.inputs is {found}, must be 0 or the whole of {allowed} for each; download or "
+                    "make the calibration again"
+                )
+            for name, shape in _part_shapes(sides, size, i, sum(found)).items():
+                expect(f"{part}.{name}", *shape)
 
 
-def _sequence_shapes(
-    sides: list[tuple[int, int]], size: int, embedded: int | None
-) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Shapes of every part of a sequence codec in turn, by name.
+def _width(sides: list[tuple[int, int]], index: int | None) -> int:
+    return 0 if index is None else sides[index][0] * sides[index][1]
+
+
+def _part_shapes(sides: list[tuple[int, int]], size: int, index: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a part of a sequence codec, by name.
 
     Args:
         size: Tokens of a page.
-        embedded: Components of an embedding; None where nothing is predicted.
+        inputs: Components that the part is predicted from.
     """
-    widths = [heads * dim for heads, dim in sides]
-    for index, width in enumerate(widths):
-        first = index - index % 2
-        fields = {
-            "bias": (width,),
-            "synthesis": (width, width),
-            "sizes": (len(LADDER), size, width),
-            "refined": (len(LADDER), LEVELS, width),
-            "importance": (importance.count(*sides[first]),),
-            "share": (),
-        }
-        if embedded is not None:  # rows in the order of `Context.inputs`
-            fields["predictor"] = (embedded + sum(widths[max(0, first - 4) : index]), width)
-        yield fields
+    width = _width(sides, index)
+    return {
+        "bias": (width,),
+        "predictor": (inputs, width),
+        "synthesis": (width, width),
+        "sizes": (len(LADDER), size, width),
+        "refined": (len(LADDER), LEVELS, width),
+        "importance": (importance.count(*sides[index - index % 2]),),
+        "share": (),
+    }

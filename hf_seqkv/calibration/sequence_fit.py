@@ -1,14 +1,16 @@
 """From a sample of keys and values, and what the output feels of them, to a sequence codec.
 
 Layers are fitted in the order in which they are coded, each on the codec's own reconstruction of those before: a
-predictor trained on anything else than what the decoder has amplifies errors.
+predictor trained on anything else than what the decoder has amplifies errors. What a part is predicted from is what
+saves bits on held-out pages: the rest costs time, memory and, with few tokens, bits.
 
-Source: predictors by ridge regression, its strength chosen on held-out pages; the Karhunen–Loève transform of the
-residual in the metric of `sensitivity.py`; reverse water-filling by one step for all coefficients.
+Source: predictors by ridge regression, its strength and inputs chosen on held-out pages; the Karhunen–Loève transform
+of the residual in the metric of `sensitivity.py`; reverse water-filling by one step for all coefficients.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +34,7 @@ from ..codec.sequence_part import (
     dct,
     shifted,
     size_codes,
+    sources,
 )
 from ..codec.symbol_tables import LIMIT, SymbolTables
 from .regression import Regression
@@ -39,6 +42,10 @@ from .sensitivity import Sensitivity
 
 COUNTED = 4  # one row in so many is counted: there are plenty
 EMBEDDED = -1  # the name of the embeddings among inputs that are numbers of parts
+# The step at which everything is fitted; at others sizes are measured. What is decoded is near the mean of what it can
+# be, so that predictors fitted to fine inputs suit coarse ones too; those fitted at step 0 cost fine ones 6 % more.
+FITTED = LADDER[0]
+PRICE = 0.002  # bits a value that an input as wide as a part must save
 FORECAST = 0.0038  # nats a token that step 0 would cost were all errors uniform and small: measured, several times it
 
 
@@ -156,13 +163,12 @@ def fit_sequence(
     parts: list[Part] = [None] * (2 * layers)
     measured: dict[tuple[int, int], tuple] = {}
     left: list[float] = []
-    order = sorted(LADDER, key=abs)  # at step 0 everything is fitted, at others only sizes are measured
-    bar = tqdm(total=len(order) * layers, desc="calibrate: sequence codec", unit="layer", disable=not progress)
+    bar = tqdm(total=len(LADDER) * layers, desc="calibrate: sequence codec", unit="layer", disable=not progress)
     regression = Regression(len(sample.positions), size)
     forecast = dict.fromkeys(map(str, LADDER), 0.0)
-    for step in order:
+    for step in LADDER:
         context = Context(sample.embedded.float() if using.prediction else None)
-        if using.prediction and step == 0:
+        if using.prediction and step == FITTED:
             regression.add(EMBEDDED, context.embedded)
         for index in range(2 * layers):
             layer, side = divmod(index, 2)
@@ -170,17 +176,24 @@ def fit_sequence(
                 x = [t[layer].float().transpose(1, 2).flatten(0, 1) for t in (sample.keys, sample.values)]
                 found = features(*x, sample.positions.flatten())
             flat = x[side].flatten(1)
-            if step == 0:
-                names = [EMBEDDED, *(i for i in _inputs(index) if i >= 0)] if using.prediction else []
+            if step == FITTED:
                 blank = torch.zeros(len(LADDER), 1, flat.shape[1], dtype=torch.uint8)
                 sizes = {"sizes": blank.expand(-1, size, -1), "refined": blank.expand(-1, LEVELS, -1)}
-                predictor, bias, rest = regression.solve(names, flat) if names else (None, flat.mean(0), 1.0)
-                parts[index] = Part(bias, predictor, None, importance=None, share=0, **sizes)
+                factor = _factor(sensitivities[layer], side, using)
+                names, chosen = [EMBEDDED, *sources(index)], []
+                if using.prediction:
+                    cost = functools.partial(_rate, factor, base * 2.0 ** (FITTED / 4))
+                    chosen = regression.choose([n for n in names if n is not None], flat, cost, PRICE)
+                predictor, bias, rest = regression.solve(chosen, flat)
+                inputs = tuple(regression.width(n) if n in chosen else 0 for n in names)
+                parts[index] = Part(bias, inputs, predictor, None, importance=None, share=0, **sizes)
                 left.append(rest)
             predicted = context.predict(parts[index])
             residual = flat - predicted
-            if step == 0:
-                parts[index] = _fit_transform(parts[index], residual, sensitivities[layer], side, found, using)
+            if step == FITTED:
+                groups = 1 if using.heads else x[side].shape[1]
+                weights = sensitivities[layer].importance(side) * using.importance
+                parts[index] = _fit_transform(parts[index], residual, factor, groups, weights, found)
             chosen = levels(found, parts[index].importance)
             measured[index, step], z, found_z = _measure(
                 parts[index], along, residual, chosen, step, base, (bits, offsets), tally
@@ -188,7 +201,7 @@ def fit_sequence(
             forecast[str(step)] += ((z - found_z).square().sum() / len(z) / 2).item()
             decoded = found_z @ parts[index].synthesis + predicted
             context.add(decoded)
-            if using.prediction and step == 0:
+            if using.prediction and step == FITTED:
                 regression.add(index, decoded)
                 regression.keep([EMBEDDED, *(i for i in range(index - 4 + side, index + 1) if i >= 0)])
             bar.update(side)
@@ -201,27 +214,29 @@ def fit_sequence(
     return SequenceCodec(done, along, tally.tables(), tally.offsets(), base, 0), report
 
 
-def _inputs(index: int) -> list[int]:
-    """Parts that a part is predicted from, in `Context`'s order; those below 0 are before the first layer."""
-    first = index - index % 2
-    return [first - 2, first - 1, first - 4, first - 3, *([first] if index % 2 else [])]
-
-
-def _fit_transform(part: Part, residual, sensitivity: Sensitivity, side: int, found, using: Ingredients) -> Part:
-    """The part with its transform and importance."""
+def _factor(sensitivity: Sensitivity, side: int, using: Ingredients) -> torch.Tensor:
+    """What errors times it are, `[W, W]` fp64, the output feels alike."""
     metric = sensitivity.metric(side)
     if not using.metric:
         metric = metric.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(metric.shape[-1]).expand_as(metric).double()
-    factor = torch.block_diag(*torch.linalg.cholesky(metric))
+    return torch.block_diag(*torch.linalg.cholesky(metric))
+
+
+def _rate(factor: torch.Tensor, step: float, second: torch.Tensor) -> float:
+    """Bits a value that a residual of second moments `[W, W]` takes: of a Gaussian's components, noise of a step."""
+    felt = factor.T @ second.double() @ factor
+    return (1 + 12 / step**2 * torch.linalg.eigvalsh(felt).clamp_min(0)).log2().mean().item() / 2
+
+
+def _fit_transform(part: Part, residual, factor, groups: int, weights, found) -> Part:
+    """The part with its transform, apart for so many groups of heads, and its importance by `weights` of features."""
     felt = residual @ factor.float()
     second = (felt.T @ felt / len(felt)).double()
-    if not using.heads:
-        second = second * torch.block_diag(*torch.ones_like(metric))
-    _, basis = torch.linalg.eigh(second)
+    size = len(second) // groups
+    _, basis = torch.linalg.eigh(second * torch.block_diag(*torch.ones(groups, size, size)))
     basis = basis.flip(-1)
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # the sign is arbitrary: fix it
     synthesis = torch.linalg.inv(factor @ basis).float().contiguous()
-    weights = sensitivity.importance(side) * using.importance
     weights[-1] -= (found @ weights).median()
     share = int((levels(found, weights) == 0).float().mean() * (SHARES - 1))
     return replace(part, synthesis=synthesis, importance=weights, share=share)

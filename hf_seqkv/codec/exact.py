@@ -64,7 +64,7 @@ class ExactCodec:
         self.embeds = self.predicts and tables.embedded
         if self.predicts:
             tables.check(pages)
-        if self.embeds and (parts is None or len(parts) != 2 * len(pages) or parts[0].predictor is None):
+        if self.embeds and (parts is None or len(parts) != 2 * len(pages) or not any(p.inputs[0] for p in parts)):
             raise FormatError(
                 "the exact tables need the parts of a sequence codec of these layers that predicts; give those of "
                 "profile 'full', or no tables"
@@ -74,8 +74,7 @@ class ExactCodec:
             pair = []
             for i, codec in enumerate((page.key, page.value)):
                 part = tables.parts[2 * layer + i] if self.predicts else None
-                rows = parts[2 * layer + i].predictor if self.embeds else None
-                rows = None if rows is None else rows[: len(rows) - len(part.weights)]
+                rows = parts[2 * layer + i].embedding if self.embeds else None
                 pair.append(Side(codec, part, rows, f"{layer}.{SIDES[i]}"))
             self.sides.append(tuple(pair))
         self.fingerprint = self._fingerprint()
@@ -173,11 +172,11 @@ class ExactCodec:
         """Code all layers' codes and scales; see `open_payloads`."""
         pages = len(numbers[0][0])
         tokens = pages * self.page_size
-        embedded = []
+        embedded = None
         if self.embeds:
             if around.embedded is None:
                 raise ValueError("this codec predicts from the tokens' embeddings, Surroundings.embedded is None")
-            embedded = [embedding_inputs(around.embedded.float().cpu().flatten(0, 1).numpy())]
+            embedded = embedding_inputs(around.embedded.float().cpu().flatten(0, 1).numpy())
         energy = np.ones((pages, self.page_size))
         below: list[np.ndarray] = []  # inputs of the two layers below, latest first
         for layer, pair in enumerate(self.sides):
@@ -186,7 +185,7 @@ class ExactCodec:
                 codes, scales = numbers[layer][2 * i : 2 * i + 2]
                 energy = 0.5 * (energy + 1.0)
                 if self.predicts:
-                    predicted = side.predict([*embedded, *below, *own], tokens)
+                    predicted = side.predict(embedded, [*below, *own], tokens)
                     where = Nowhere() if i else place
                     own.append(side.learn(self._heads(side, codes, scales, predicted, where, energy, coding)))
                     continue

@@ -24,7 +24,7 @@ class Side:
     Args:
         codec: Of the side.
         part: None predicts nothing: codes are then coded as if of unit variance.
-        embedding: Weights of embeddings of length `sqrt(E)`, `[E, W]`; None without.
+        embedding: Weights of embeddings of length `sqrt(E)`, `[E, W]`; None, or no rows, without.
         name: For messages.
     """
 
@@ -57,14 +57,16 @@ class Side:
         self.chain = np.ascontiguousarray(wide["chain"])
         self.narrowness = np.rint(2.0**23 / wide["scale"][:, 2])
         weights = part.weights.numpy().astype(np.float32)
-        if embedding is not None:
+        self.embeds = embedding is not None and len(embedding) > 0
+        if self.embeds:
             first = np.rint(embedding.numpy().astype(np.float64) / PER_DEVIATION / wide["gain"])
             weights = np.concatenate([first.astype(np.float32), weights])
         check_weights(weights, name)
         self.weights, self.cross = weights, part.cross.numpy().astype(np.float32)
 
-    def predict(self, given: list[np.ndarray], tokens: int) -> np.ndarray:
-        """Predictions `[n, W]` float64 from inputs."""
+    def predict(self, embedded: np.ndarray | None, given: list[np.ndarray], tokens: int) -> np.ndarray:
+        """Predictions `[n, W]` float64 from inputs: embeddings, where they are used, and all others."""
+        given = [embedded, *given] if self.embeds else given
         found = np.zeros((tokens, self.heads * self.dim))
         at = 0
         for x in given:

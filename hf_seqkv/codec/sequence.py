@@ -2,8 +2,8 @@
 
 Coding goes layer by layer, keys then values, over the `P` tokens of a page at once. One *part* is one side of a layer:
 
-1. prediction: linear in the token's embedding, in the decoded keys and values of the two layers before and, for values,
-   in the decoded keys of their own layer. Keys are taken before RoPE.
+1. prediction: linear in some of these: the token's embedding, the decoded keys and values of the two layers before and,
+   for values, the decoded keys of their own layer. Keys are taken before RoPE.
 2. transform: the residual times a matrix that whitens what the model's output feels and removes correlation across
    heads and components; then a DCT along the page's tokens, after which errors do not add up over tokens.
 3. quantisation: `deadzone.py`, one step for everything; classes tell the expected size of each coefficient in it, and
@@ -77,7 +77,7 @@ class SequenceCodec:
     @property
     def predicts(self) -> bool:
         """Whether coding needs the tokens' embeddings."""
-        return self.parts[0].predictor is not None
+        return any(part.inputs[0] for part in self.parts)
 
     def at(self, step: int) -> SequenceCodec:
         """The same codec at another step."""
@@ -88,9 +88,10 @@ class SequenceCodec:
         """16 bytes of a SHA-256 of everything that decoding depends on, but the step."""
         digest = hashlib.sha256(repr((self.page_size, self.base)).encode())
         for part in self.parts:
-            tables = [part.bias, part.predictor, part.synthesis, part.sizes, part.refined, torch.tensor(part.share)]
+            counts = torch.tensor([*part.inputs, part.share])
+            tables = [counts, part.bias, part.predictor, part.synthesis, part.sizes, part.refined]
             for table in tables:
-                digest.update(b"" if table is None else table.contiguous().numpy().tobytes())
+                digest.update(table.contiguous().numpy().tobytes())
         for table in (self.along, self.tables.frequencies, self.offsets):
             digest.update(table.contiguous().numpy().tobytes())
         return digest.digest()[:16]
@@ -105,7 +106,7 @@ class SequenceCodec:
         """Keys before RoPE and values of every layer in turn, `[N, H, P, D]` fp32.
 
         Args:
-            embedded: `[N, P, E]`, of the same tokens as at encoding; None for a codec that does not predict.
+            embedded: `[N, P, E]`, of the same tokens as at encoding; None for a codec that needs none.
             heads: KV heads of each layer.
 
         Raises:

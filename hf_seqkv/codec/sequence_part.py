@@ -20,6 +20,8 @@ REFINED, LEVEL_CLASSES = SIZES, 2 * SIZES  # first class of refinements, and of 
 SHARES = 9  # classes of levels: eighths of the tokens that are not refined
 SHIFT_CLASS = LEVEL_CLASSES + SHARES
 CLASSES = SHIFT_CLASS + 1
+INPUTS = 6  # that a part may be predicted from; see `Context.inputs`
+NOTHING = (None, None)
 SHIFTS = 3  # a page moves the classes of a part up or down by so many shifts at most,
 SHIFT = 2  # of so many quarter octaves each
 _MIDDLE = 128  # size code of a standard deviation of one base step
@@ -31,7 +33,8 @@ class Part:
 
     Args:
         bias: `[W]`.
-        predictor: `[F, W]`, rows in the order of `Context.inputs`; None predicts the bias alone.
+        inputs: How many components of each of `Context.inputs` predict it: all, or 0.
+        predictor: `[sum(inputs), W]`.
         synthesis: Rows are what one unit of each coefficient adds, `[W, W]`.
         sizes: Expected size of each coefficient at each step of the ladder, `[3, P, W]` uint8; see `size_codes`.
         refined: The same of refinements by level, `[3, LEVELS, W]` uint8.
@@ -40,17 +43,23 @@ class Part:
     """
 
     bias: torch.Tensor
-    predictor: torch.Tensor | None
+    inputs: tuple[int, ...]
+    predictor: torch.Tensor
     synthesis: torch.Tensor
     sizes: torch.Tensor
     refined: torch.Tensor
     importance: torch.Tensor
     share: int
 
+    @property
+    def embedding(self) -> torch.Tensor:
+        """Rows of the predictor for the tokens' embeddings, none where they do not predict it."""
+        return self.predictor[: self.inputs[0]]
+
     @functools.cached_property
-    def weights(self) -> torch.Tensor | None:
-        """The predictor in fp32."""
-        return None if self.predictor is None else self.predictor.float()
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """The predictor in fp32, by input."""
+        return self.predictor.float().split(self.inputs)
 
     @functools.cached_property
     def analysis(self) -> torch.Tensor:
@@ -101,11 +110,18 @@ def dct(size: int) -> torch.Tensor:
     return matrix.float()
 
 
+def sources(index: int) -> list[int | None]:
+    """Numbers of the parts among `Context.inputs`, which follow the embeddings; None for those that are not there."""
+    first = index - index % 2
+    found = [first - 2, first - 1, first - 4, first - 3, first if index % 2 else -1]
+    return [n if n >= 0 else None for n in found]
+
+
 class Context:
     """What parts are predicted from: decoded parts of the two layers before, and the tokens' embeddings.
 
     Args:
-        embedded: `[N, P, E]` fp32, or None where nothing is predicted.
+        embedded: `[N, P, E]` fp32, or None where they predict nothing.
     """
 
     def __init__(self, embedded: torch.Tensor | None):
@@ -113,18 +129,18 @@ class Context:
         self.layers: list[list[torch.Tensor]] = []  # the last two, latest first
         self.current: list[torch.Tensor] = []
 
-    def inputs(self) -> list[torch.Tensor]:
-        """For the next part: `[embeddings, keys, values of the layer before, of the one before that, own keys]`."""
-        return [self.embedded, *(x for layer in self.layers for x in layer), *self.current]
+    def inputs(self) -> list[torch.Tensor | None]:
+        """For the next part: embeddings, keys and values of the layer before, of the one before that, own keys."""
+        before = [*self.layers, NOTHING, NOTHING][:2]
+        return [self.embedded, *before[0], *before[1], *(self.current or [None])]
 
     def predict(self, part: Part) -> torch.Tensor:
         """`[N * P, W]`, or `[W]` where it is the same for all."""
-        if part.predictor is None:
+        used = [pair for pair in zip(self.inputs(), part.weights, strict=True) if len(pair[1])]
+        if not used:
             return part.bias
-        inputs = self.inputs()
-        rows = part.weights.split([x.shape[-1] for x in inputs])
-        found = torch.addmm(part.bias, inputs[0], rows[0])
-        for x, weights in zip(inputs[1:], rows[1:], strict=True):
+        found = torch.addmm(part.bias, *used[0])
+        for x, weights in used[1:]:
             found.addmm_(x, weights)
         return found
 
