@@ -37,12 +37,12 @@ REQUIRED = {("4x4 d128", "sm_80"): 3.3, ("4x4 d128", "sm_90"): 3.3, ("2x2 d128",
 _SOURCES = ("variants", "_constants", "compile_kernel")  # what of this file decides what is compiled
 # Bytes that may be spilt, written and read. `prepare` has no hot loop, and so more programs fit a multiprocessor; the
 # others are known to be too large for their registers, and may not grow.
-SPILT = {("prepare", target): 96 for target in TARGETS} | {
-    **{("4x4 d128, mask", target): most for target, most in (("sm_90", 16), ("sm_100", 8), ("sm_120", 48))},
-    ("3.5x2.5 d256", "gfx942"): 248,
-    ("encode_kernel, mixed widths", "sm_100"): 24,
-    ("encode_kernel, mixed widths", "sm_120"): 16,
-    **{("mixed widths d128, constant part", target): 1148 for target in TARGETS},
+SPILT = {
+    "prepare": dict.fromkeys(TARGETS, 96),
+    "4x4 d128, mask": {"sm_90": 16, "sm_100": 8, "sm_120": 48},
+    "3.5x2.5 d256": {"gfx942": 248},
+    "mixed widths d128, constant part": {"sm_80": 1148, "sm_90": 372, "sm_100": 360, "sm_120": 420},
+    "encode_kernel, mixed widths": {"sm_100": 24, "sm_120": 16},
 }
 
 _TYPES = {
@@ -102,11 +102,12 @@ GATE = {
 
 @functools.cache
 def sources() -> str:
-    """16 digits of a SHA-256 of what compiled code is made from: kernels, and how they are compiled; not comments."""
+    """16 digits of a SHA-256 of what compiled code is made from: the kernels' files, and how they are compiled here."""
     files = sorted((Path(__file__).parent.parent / "hf_seqkv" / "kernels").glob("triton_*.py"))
-    own = [x for x in ast.parse(Path(__file__).read_text()).body if getattr(x, "name", "") in _SOURCES]
-    dumped = [ast.dump(x) for x in (*(ast.parse(file.read_text()) for file in files), *own)]
-    return hashlib.sha256("".join(dumped).encode()).hexdigest()[:16]
+    mine = Path(__file__).read_text()
+    own = [x for x in ast.parse(mine).body if getattr(x, "name", "") in _SOURCES]
+    texts = [*(file.read_text() for file in files), *(ast.get_source_segment(mine, x) for x in own)]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def recorded() -> dict[str, dict[str, dict]]:
