@@ -125,6 +125,8 @@ def make_mask(case):
         return torch.zeros(1, 1, case.steps, columns).masked_fill(
             torch.rand(1, 1, case.steps, columns) > 0.7, torch.finfo(torch.float32).min
         )
+    if case.mask == "turned":  # in memory
+        return (torch.rand(batch, 1, columns, case.steps) > 0.3).transpose(2, 3)
     if case.mask == "per head":
         return torch.randn(1, heads, case.steps, columns)
     if case.mask == "per head bool":

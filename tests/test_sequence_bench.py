@@ -94,7 +94,7 @@ def test_presets_stay_below_their_divergence():
 
 def test_ablation(monkeypatch):
     monkeypatch.setattr(ablation, "WINDOW", 264)
-    variants = {name: ablation.VARIANTS[name] for name in ("everything", "no prediction", "no transform along tokens")}
+    variants = {name: ablation.VARIANTS[name] for name in ("everything", "no prediction", "no reconstruction points")}
     monkeypatch.setattr(ablation, "VARIANTS", variants)
     plan = quality.Plan(windows=1, window=300, prefill=100)
     found = ablation.measure(tiny("llama"), Words(), [TEXT], {"other": OTHER}, 1056, 0, plan)

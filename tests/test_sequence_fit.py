@@ -9,7 +9,7 @@ from hf_seqkv.calibration.fit import fit_held
 from hf_seqkv.calibration.sensitivity import GAIN, Sensitivity
 from hf_seqkv.calibration.sequence_fit import Ingredients, Sample, fit_sequence
 from hf_seqkv.codec.importance import features
-from hf_seqkv.codec.sequence_part import INPUTS
+from hf_seqkv.codec.sequence_part import INPUTS, sources
 
 HEADS, DIM, PAGE, EMBEDDED, PAGES = 2, 6, 16, 16, 64
 WIDTH = HEADS * DIM
@@ -88,6 +88,20 @@ def test_inputs_are_those_that_tell_something():
     assert codec.parts[0].inputs == (EMBEDDED, 0, 0, 0, 0, 0)
     assert from_keys == [(0, 0, 0, 0, 0, WIDTH), (0, WIDTH, 0, 0, 0, 0), (0, 0, 0, 0, 0, WIDTH)]
     assert all(part.inputs == (0,) * INPUTS for part in fitted(predict=False)[0].parts)
+
+
+def test_without_a_choice_all_inputs_are_used():
+    sample, sensitivities = fitted()[2:]
+    codec, _ = fit_sequence(sample, sensitivities, Ingredients(chosen=False), progress=False)
+    for index, part in enumerate(codec.parts):
+        assert [width > 0 for width in part.inputs] == [n is not None for n in ("embedding", *sources(index))]
+
+
+def test_without_reconstruction_points_symbols_stand_for_multiples_of_the_step():
+    sample, sensitivities = fitted()[2:]
+    codec, _ = fit_sequence(sample, sensitivities, Ingredients(points=False), progress=False)
+    assert not codec.offsets.any()
+    assert fitted()[0].offsets.any()
 
 
 def test_prediction_saves_what_it_explains():

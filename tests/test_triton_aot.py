@@ -38,6 +38,7 @@ def test_compiled_code_keeps_its_budget(compiled, name, target):
 
 def check(name, target, facts):
     """What holds for every variant."""
+    assert facts["spilt_in_loops"] == 0
     assert facts["spills"] <= SPILT.get(name, {}).get(target, 0)
     if "per_code" in facts:
         assert facts["mma"] > 0

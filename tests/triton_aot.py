@@ -30,19 +30,16 @@ from pathlib import Path
 BUDGETS = Path(__file__).with_name("triton_budgets.json")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Instructions a code that a hot loop may take at all, whatever is recorded.
-REQUIRED = {("4x4 d128", "sm_80"): 3.3, ("4x4 d128", "sm_90"): 3.3, ("2x2 d128", "sm_80"): 3.0,
-            ("2x2 d128", "sm_90"): 3.0, ("4x4 d64", "sm_80"): 5.0, ("4x4 d64", "sm_90"): 5.0,
-            ("3.5x2.5 d128", "sm_80"): 3.3, ("3.5x2.5 d128", "sm_90"): 3.3, ("3.5x2.5 d64", "sm_80"): 5.0,
-            ("3.5x2.5 d64", "sm_90"): 5.0}  # fmt: skip
+MOST = {"4x4 d128": 3.3, "2x2 d128": 3.0, "4x4 d64": 5.0, "3.5x2.5 d128": 3.3, "3.5x2.5 d64": 5.0}
+REQUIRED = {(name, target): most for name, most in MOST.items() for target in ("sm_80", "sm_90")}
 _SOURCES = ("variants", "_constants", "compile_kernel")  # what of this file decides what is compiled
-# Bytes that may be spilt, written and read. `prepare` has no hot loop, and so more programs fit a multiprocessor; the
-# others are known to be too large for their registers, and may not grow.
+# In a loop nothing may be spilt. Outside, once a program, these bytes may, written and read: with as many registers as
+# that takes fewer programs would fit a multiprocessor.
 SPILT = {
-    "prepare": dict.fromkeys(TARGETS, 96),
-    "4x4 d128, mask": {"sm_90": 16, "sm_100": 8, "sm_120": 48},
-    "3.5x2.5 d256": {"gfx942": 248},
-    "mixed widths d128, constant part": {"sm_80": 1148, "sm_90": 372, "sm_100": 360, "sm_120": 420},
-    "encode_kernel, mixed widths": {"sm_100": 24, "sm_120": 16},
+    "prepare": {"sm_100": 32, "sm_120": 68},
+    "prepare d256, mask": {"sm_120": 44},
+    "4x4 d128, mask": {"sm_120": 40},
+    "encode_kernel, mixed widths": {"sm_90": 8, "sm_100": 8},
 }
 
 _TYPES = {
@@ -74,12 +71,14 @@ def variants() -> dict[str, tuple[str, dict]]:
     runs = {"KEYS": [(5, 64), (4, 64)], "VALUES": [(4, 64), (3, 64)], "free": True}
     found["4.5x3.5 d128, constant part"] = ("partials", {**runs, "CENTER": True})
     found["4x4 d128, mask"] = ("partials", {"KEYS": [(4, 128)], "VALUES": [(4, 128)], "MASK": 2})
+    found["4x4 d256, softcap"] = ("partials", {"KEYS": [(4, 256)], "VALUES": [(4, 256)], "D": 256, "SOFTCAP": True})
     found["gathered 8x8 d128"] = ("partials", {"KU": 8, "VU": 8})
     for d in (64, 128, 256):
         runs = {"KEYS": [(4, d // 2), (3, d // 2)], "VALUES": [(3, d // 2), (2, d // 2)], "D": d}
         found[f"3.5x2.5 d{d}"] = ("partials", runs)
     found["3.5x2.5 d128, constant part"] = ("partials", {**found["3.5x2.5 d128"][1], "CENTER": True})
     found["mixed widths d128, constant part"] = ("partials", {"CENTER": True})
+    found["prepare d256, mask"] = ("prepare", {"D": 256, "MASK": 1})
     for name in ("prepare", "combine", "encode_kernel", "unpack_kernel"):
         found[name] = (name, {"KU": 4, "VU": 4} if "_" in name else {})
     found["encode_kernel, mixed widths"] = ("encode_kernel", {})
@@ -184,11 +183,11 @@ def compile_kernel(kernel, target: str, given: dict):
     return compiled, options["num_warps"], said.getvalue()
 
 
-def _loops(lines: list[tuple[str | None, str]], target_of) -> list[list[str]]:
-    """Bodies of backward branches."""
+def _loops(lines: list[tuple[str | None, str]], target_of) -> list[tuple[list[str], bool]]:
+    """Bodies of backward branches, and whether there is none inside."""
     at = {label: i for i, (label, _) in enumerate(lines) if label}
-    ends = [(at[target_of(text)], i) for i, (_, text) in enumerate(lines) if target_of(text) in at]
-    return [[text for _, text in lines[begin : end + 1]] for begin, end in ends if begin <= end]
+    found = [(at[target_of(text)], i) for i, (_, text) in enumerate(lines) if at.get(target_of(text), i + 1) <= i]
+    return [([text for _, text in lines[b : e + 1]], all(x < b or y >= e for x, y in found)) for b, e in found]
 
 
 def _nvidia(compiled, said: str) -> tuple[dict, list, str]:
@@ -250,11 +249,14 @@ def measure(name: str, target: str) -> dict:
     kernel = next(getattr(m, which) for m in (triton_partials, triton_rows, triton_pages) if hasattr(m, which))
     compiled, warps, said = compile_kernel(kernel, target, given)
     facts, loops, mma = _nvidia(compiled, said) if target.startswith("sm_") else _amd(compiled)
-    facts |= {"shared": compiled.metadata.shared, "sources": sources()}
+    inner = [text for loop, last in loops for text in loop if last]
+    spilt = sum(bool(re.search(r"\b(STL|LDL)\b|scratch_(load|store)", text)) for text in inner)
+    facts |= {"spilt_in_loops": spilt, "shared": compiled.metadata.shared, "sources": sources()}
     if which == "partials":
-        # One loop for pages seen whole and one for the others, which is the longer; loops inside them hold less.
-        found = sorted((len(loop), sum(bool(re.search(mma, text)) for text in loop)) for loop in loops)
-        length, facts["mma"] = min((pair for pair in found if pair[1] > 2), default=(0, 0))
+        # One loop for pages seen whole and one for the others, which is the longer; what is inside them holds less.
+        found = sorted((len(loop), sum(bool(re.search(mma, text)) for text in loop)) for loop, _ in loops)
+        most = max((count for _, count in found), default=0)
+        length, facts["mma"] = min((pair for pair in found if 2 * pair[1] >= most > 0), default=(0, 0))
         lanes = warps * (64 if target.startswith("gfx") else 32)
         facts["per_code"] = round(length * lanes / (2 * 64 * given.get("D", 128)), 2)
     return facts
@@ -275,10 +277,8 @@ def main(arguments: list[str]) -> None:
         todo = {arguments[arguments.index("--only") + 1]: [t for t in TARGETS if t in arguments] or TARGETS}
     found, records = {}, recorded()
     if "--json" not in arguments:
-        print(
-            f"{'variant':<36}{'target':<9}{'ins/code':>9}{'regs':>6}{'spills':>8}{'shared':>8}{'mma':>6}"
-            f"{'CPU s':>7}  copies, bytes"
-        )
+        heads = f"{'ins/code':>9}{'regs':>6}{'spills':>8}{'shared':>8}{'mma':>6}{'CPU s':>7}  copies, bytes"
+        print(f"{'variant':<36}{'target':<9}{heads}")
     pairs = [(name, target) for name, targets in todo.items() for target in targets]
     with ProcessPoolExecutor(os.cpu_count() if "--stale" in arguments else 1) as pool:
         for (name, target), (facts, seconds) in zip(pairs, pool.map(_timed, pairs), strict=True):

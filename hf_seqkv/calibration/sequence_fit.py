@@ -55,17 +55,21 @@ class Ingredients:
 
     Args:
         prediction: Parts are predicted from others.
+        chosen: From those that are worth it; without, from all.
         metric: Errors are measured by what the output feels; without, all keys and values alike.
         heads: The transform goes across the heads of a layer; without, each head has its own.
         tokens: A DCT goes along a page's tokens.
         importance: Tokens on which much depends are refined.
+        points: Symbols are rebuilt as what they stand for on average; without, as their multiple of the step.
     """
 
     prediction: bool = True
+    chosen: bool = True
     metric: bool = True
     heads: bool = True
     tokens: bool = True
     importance: bool = True
+    points: bool = True
 
 
 PROFILES = {"full": Ingredients(), "light": Ingredients(prediction=False)}
@@ -159,7 +163,7 @@ def fit_sequence(
     size, layers = sample.positions.shape[1], len(sample.keys)
     along = dct(size).clone() if using.tokens else torch.eye(size)
     tally, (tables, offsets) = _Tally(), _provisional()
-    bits = tables.bits()
+    bits, offsets = tables.bits(), offsets * using.points
     parts: list[Part] = [None] * (2 * layers)
     measured: dict[tuple[int, int], tuple] = {}
     left: list[float] = []
@@ -180,10 +184,11 @@ def fit_sequence(
                 blank = torch.zeros(len(LADDER), 1, flat.shape[1], dtype=torch.uint8)
                 sizes = {"sizes": blank.expand(-1, size, -1), "refined": blank.expand(-1, LEVELS, -1)}
                 factor = _factor(sensitivities[layer], side, using)
-                names, chosen = [EMBEDDED, *sources(index)], []
-                if using.prediction:
+                names = [EMBEDDED, *sources(index)]
+                chosen = [n for n in names if n is not None and using.prediction]
+                if using.prediction and using.chosen:
                     cost = functools.partial(_rate, factor, base * 2.0 ** (FITTED / 4))
-                    chosen = regression.choose([n for n in names if n is not None], flat, cost, PRICE)
+                    chosen = regression.choose(chosen, flat, cost, PRICE)
                 predictor, bias, rest = regression.solve(chosen, flat)
                 inputs = tuple(regression.width(n) if n in chosen else 0 for n in names)
                 parts[index] = Part(bias, inputs, predictor, None, importance=None, share=0, **sizes)
@@ -211,7 +216,7 @@ def fit_sequence(
         sizes, refined = (torch.stack([measured[index, step][i] for step in LADDER]) for i in range(2))
         done.append(replace(part, sizes=sizes, refined=refined))
     report = {"left": {"key": left[::2], "value": left[1::2]}, "forecast": forecast}
-    return SequenceCodec(done, along, tally.tables(), tally.offsets(), base, 0), report
+    return SequenceCodec(done, along, tally.tables(), tally.offsets() * using.points, base, 0), report
 
 
 def _factor(sensitivity: Sensitivity, side: int, using: Ingredients) -> torch.Tensor:

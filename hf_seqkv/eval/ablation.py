@@ -12,10 +12,12 @@ from . import quality
 VARIANTS = {
     "everything": Ingredients(),
     "no prediction": Ingredients(prediction=False),
+    "prediction from all inputs": Ingredients(chosen=False),
     "squared error for a metric": Ingredients(metric=False),
     "heads apart": Ingredients(heads=False),
     "no transform along tokens": Ingredients(tokens=False),
     "no refined tokens": Ingredients(importance=False),
+    "no reconstruction points": Ingredients(points=False),
 }
 WINDOW = 2048  # tokens fitted to at once
 STEPS = (-6, 0)  # quarter octaves; the rate at a divergence lies on the line through both, in the logarithm

@@ -154,6 +154,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     if view.center is not None:
         relative, starts = _relative(view.center.relative, wide), _dense_last(view.center.starts)
         mean, interleaved = view.center.mean.contiguous(), view.center.interleaved
+    mask = None if mask is None else _dense_last(mask)
     bias = ints if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     strides = (0, 0, 0) if mask is None else [
         0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True)
@@ -181,7 +182,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     out = torch.empty(batch, steps, query_heads, value_dim, dtype=query.dtype, device=device)
     cap = float(scoring.softcap or 0)
     ahead = 0 if scoring.causal and mask is None else FAR
-    limits = (steps, view.length, view.offset, scoring.window or FAR, ahead, cap, 0 if mask is None else mask.stride(3))
+    limits = (steps, view.length, view.offset, scoring.window or FAR, ahead, cap)
     shape = {
         "H": heads, "ROWS": rows, "RB": block, "RP": some, "D": dim, "DP": dp, "DV": value_dim,
         "CENTER": view.center is not None, "SOFTCAP": cap > 0,
@@ -193,7 +194,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     # All that the kernels' compiled forms depend on beside the codec.
     seen = seen_of(
         (query, pages, starts, relative, mean, *tensors, listed, bias, logits),
-        (*query.stride()[:3], *out.stride()[:3], *turns, *words, limits[-1]),
+        (*query.stride()[:3], *out.stride()[:3], *turns, *words),
     )
     form = (query_heads, steps, half, interleaved, *shape.values(), side is None, scoring.sink_logits is None, seen)
     forms.start(
@@ -213,6 +214,8 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
             [prepared, scores, pages.view(torch.int32), ints, bias, sums, *key.arguments, *value.arguments,
              *words, *begins, *strides, batch, parts, room, *limits],
             lambda: shape | {
+                # `prepare` puts it into scores of the constant part.
+                "MASK": 0 if view.center is not None and not cap else shape["MASK"],
                 "KEYS": key.pieces, "KU": key.uniform, "VALUES": value.pieces, "VU": value.uniform, "NARROW": narrow,
                 **partials_options(tiles, max(dim, value_dim), _shared(device)),
             },

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_softmax import exact_dot
+from .triton_softmax import exact_dot, masked
 from .triton_tile import token_of
 
 
@@ -29,35 +29,49 @@ def coefficients(query, mean, scale, i, there, HALF: tl.constexpr, INTERLEAVED: 
 
 
 @triton.jit
-def center_scores(
-    query, mean, scale, valid, starts, starts_n, relative, scores, first, count,
-    HALF: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """From rows `query [RP]` points to, the constant part `mean` and `starts` of `count` pages to `scores` of `PAGES`.
-
-    `scores [pages, 64, RP]`, tokens in their order or, for `TILES`, in that of tiles.
-    """
-    LINES: tl.constexpr = PAGES * RP
-    SOME: tl.constexpr = 32 if HP > 32 else HP  # pairs at once, for want of registers
+def factor_of(query, mean, scale, valid, HALF: tl.constexpr, HP: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The power of two that brings all coefficients below 4,096."""
     i = tl.arange(0, HP)
     cos, sin = coefficients(query, mean, scale, i, (i < HALF)[:, None] & valid[None, :], HALF, INTERLEAVED)
     size = tl.maximum(tl.max(tl.maximum(tl.abs(cos), tl.abs(sin))), 1e-20)
-    factor = tl.exp2(tl.ceil(tl.log2(size)) - 12)
-    n = first + tl.arange(0, PAGES)
-    place, line = tl.arange(0, 32), tl.arange(0, LINES)
+    return tl.exp2(tl.ceil(tl.log2(size)) - 12)
+
+
+@triton.jit
+def tokens_of(TILES: tl.constexpr):
+    """Tokens of a page's two halves, in their order or, for `TILES`, in that of tiles."""
+    place = tl.arange(0, 32)
     token, later = place, place + 32
     if TILES:
         token, later = token_of(place), token_of(place + 32)
+    return token, later
+
+
+@triton.jit
+def center_scores(
+    query, mean, scale, valid, starts, starts_n, relative, first, count,
+    HALF: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Scores `[32, PAGES * RP]` of both halves (`tokens_of`) of pages from `first` on; beyond `count`, of the last.
+
+    Of rows `query [RP]` points to, the constant part `mean` and `starts` of pages.
+    """
+    LINES: tl.constexpr = PAGES * RP
+    SOME: tl.constexpr = 32 if HP > 32 else 16  # pairs at once, for want of registers
+    factor = factor_of(query, mean, scale, valid, HALF, HP, INTERLEAVED)
+    scale *= 1 / factor
+    n = tl.minimum(first + tl.arange(0, PAGES), count - 1)
+    token, later = tokens_of(TILES)
     y, z = tl.zeros([32, LINES], tl.float32), tl.zeros([32, LINES], tl.float32)
-    for part in tl.static_range(HP // SOME):
+    for part in tl.range(0, HP // SOME, num_stages=3):
         i = part * SOME + tl.arange(0, SOME)
-        cos, sin = coefficients(query, mean, scale, i, (i < HALF)[:, None] & valid[None, :], HALF, INTERLEAVED)
-        cos, sin = (cos / factor)[:, None, :], (sin / factor)[:, None, :]
+        inside = ((i < HALF) | (HALF == HP))[:, None]
+        cos, sin = coefficients(query, mean, scale, i, inside & valid[None, :], HALF, INTERLEAVED)
+        cos, sin = cos[:, None, :], sin[:, None, :]
         start = starts + n[None, :] * starts_n + i[:, None]
-        there = (i < HALF)[:, None] & (n < count)[None, :]
-        start_cos = tl.load(start, mask=there, other=0)[:, :, None]
-        start_sin = tl.load(start + HALF, mask=there, other=0)[:, :, None]
+        start_cos = tl.load(start, mask=inside, other=0)[:, :, None]
+        start_sin = tl.load(start + HALF, mask=inside, other=0)[:, :, None]
         turn = relative + i[None, :]  # [cos, sin][64][HP]
         # Two products of 32 tokens each: one of 64 would be for a Hopper's warp groups.
         turned = tl.reshape(cos * start_cos + sin * start_sin, (SOME, LINES))
@@ -67,8 +81,28 @@ def center_scores(
         turn += 64 * HP
         y = exact_dot(tl.load(turn + token[:, None] * HP), turned, y)
         z = exact_dot(tl.load(turn + later[:, None] * HP), turned, z)
+    return y * factor, z * factor
+
+
+@triton.jit
+def store_scores(
+    y, z, scores, first, count, mask, row, slot, offset, RP: tl.constexpr, TILES: tl.constexpr, MASK: tl.constexpr
+):
+    """What `center_scores` gives to `scores [pages, 64, RP]`, under a `MASK`, if any.
+
+    `row [RP]` is where the mask of each row begins, `slot` that of the first page's first token, `offset` the mask's.
+    """
+    LINES: tl.constexpr = y.shape[1]
+    token, later = tokens_of(TILES)
+    place, line = tl.arange(0, 32), tl.arange(0, LINES)
     page = first + line // RP
-    at = scores + (page[None, :] * 64 + place[:, None]) * RP + (line % RP)[None, :]
     there = (page < count)[None, :]
-    tl.store(at, y * factor, mask=there)
-    tl.store(at + 32 * RP, z * factor, mask=there)
+    if MASK > 0:
+        own = mask + tl.reshape(tl.broadcast_to(row[None, :], (LINES // RP, RP)), (LINES,))
+        column = slot + page[None, :] * 64 + token[:, None] - offset
+        y = masked(y, own, column, there & (column >= 0), MASK)
+        column += (later - token)[:, None]
+        z = masked(z, own, column, there & (column >= 0), MASK)
+    at = scores + (page[None, :] * 64 + place[:, None]) * RP + (line % RP)[None, :]
+    tl.store(at, y, mask=there)
+    tl.store(at + 32 * RP, z, mask=there)

@@ -123,11 +123,12 @@ def _encode(
         scale = _scale_by(fitted, exponent)
     elif FIT:
         error, best, scale = gain + float("inf"), gain, gain
-        for i in range(5):
+        for i in tl.range(0, 5, num_stages=1, disable_licm=True):
             factor = tl.where(i == 0, 1.0, tl.where(i == 1, 1.4, tl.where(i == 2, 2.0, tl.where(i == 3, 2.8, 4.0))))
-            _, fitted, rest = _quantize(parts, gain * factor, weight, edges, levels, widths, D, DP // 4, MOST)
+            tried = gain * factor
+            _, fitted, rest = _quantize(parts, tried, weight, edges, levels, widths, D, DP // 4, MOST)
             better = rest < error
-            error, best = tl.where(better, rest, error), tl.where(better, gain * factor, best)
+            error, best = tl.where(better, rest, error), tl.where(better, tried, best)
             scale = tl.where(better, fitted, scale)
         gain = best
         scale = _scale_by(scale, exponent)

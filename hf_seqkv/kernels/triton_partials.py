@@ -53,7 +53,7 @@ def partials(
     key_tables, key_middle, key_levels, key_widths, key_offsets,
     value_tables, value_middle, value_levels, value_widths, value_offsets,
     batch_words, page_words, key_codes, key_scales, value_codes, value_scales, mb, mh, ms,
-    batch, parts, room, steps, length, offset, window, ahead, softcap, column,
+    batch, parts, room, steps, length, offset, window, ahead, softcap,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     KEYS: tl.constexpr, KU: tl.constexpr, VALUES: tl.constexpr, VU: tl.constexpr, RP: tl.constexpr,
     CENTER: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr,
@@ -91,7 +91,7 @@ def partials(
     lane = tl.arange(0, RB)
     r = part * RB + lane
     row, here = mask_row(b, h, r % ROWS, ROWS // steps, steps, length, mb, mh, ms)
-    limits = (offset, window, ahead, softcap, column)
+    limits = (offset, window, ahead, softcap)
     record = prepared + block * RB * (DP // 2 + 2)
     line = record.to(tl.pointer_type(tl.float16))
     record += DP // 2 * RB

@@ -8,7 +8,8 @@ digits: matrix units take numbers in three parts (`tf32x3`) where they can. Betw
     sums        by KV head and part: mix `[pairs, parts, rows, DV]`, then maxima and totals `[pairs, parts, rows]` of
                 its softmax; first the parts of pages, from `splits` on those of dense tokens, `CHUNK` of them each
 
-and where keys have a constant part its scores, `[blocks, room, 64, RP]` fp32 (`triton_center`).
+and where keys have a constant part its scores, `[blocks, room, 64, RP]` fp32 (`triton_center`), with the mask in them
+unless a softcap comes before it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .triton_bytes import MOST, split_bytes
-from .triton_center import center_scores
+from .triton_center import center_scores, store_scores
 from .triton_softmax import FUSED, LOG2E, LOWEST, VARY, limit, mask_row, softmax
 
 CHUNK = tl.constexpr(32)  # dense tokens a part
@@ -43,12 +44,19 @@ def softmax_sums(sums, batch, parts, H: tl.constexpr, ROWS: tl.constexpr, DV: tl
     return sums + count * DV, sums + count * (DV + 1)
 
 
+@triton.jit
+def scaled(line, d, valid, scale, D: tl.constexpr):
+    """Components `d` of query rows at `line [R]`, `[n, R]` fp32, zeros where there is none."""
+    there = (d < D)[:, None] & valid[None, :]
+    return tl.load(line[None, :] + d[:, None], mask=there, other=0).to(tl.float32) * scale
+
+
 @triton.jit(do_not_specialize=VARY, do_not_specialize_on_alignment=["mask"])
 def prepare(
     query, scale, matrix, norm, key_mean, center_mean, prepared,
     sink_k, sink_v, recent_k, recent_v, side_k, side_v, side_slots, ints, mask, sums, starts, relative, scores,
     qb, qh, qt, sink_room, recent_room, side_room, mb, mh, ms, starts_b, starts_n,
-    batch, parts, splits, sinks, recents, sides, room, steps, length, offset, window, ahead, softcap, column,
+    batch, parts, splits, sinks, recents, sides, room, steps, length, offset, window, ahead, softcap,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, INTERLEAVED: tl.constexpr, CENTER: tl.constexpr,
     RP: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
@@ -69,22 +77,27 @@ def prepare(
     groups = ROWS // steps
     line = query + b.to(tl.int64) * qb + (h * groups + r // steps).to(tl.int64) * qh + (r % steps) * qt
     valid = (r < ROWS) & (lane < RB)
-    d = tl.arange(0, DP)
-    inside = (d < D)[:, None] & valid[None, :]
-    q = tl.load(line[None, :] + d[:, None], mask=inside, other=0).to(tl.float32) * scale  # [DP, LANES]
+    STEP: tl.constexpr = 64 if DP > 64 else DP  # components at once, for want of registers
     if which < SLICES:
         out = which * SLICE + tl.arange(0, SLICE)
-        turn = matrix + (h * D + out[:, None]) * D + d[None, :]
-        turn = tl.load(turn, mask=(out < D)[:, None] & (d < D)[None, :], other=0)
-        # A bound of what q becomes, so that one pass suffices; rows of zeros get no factor of zero.
-        size = tl.maximum(tl.sqrt(tl.max(tl.sum(q * q, 0))) * tl.load(norm + h), 1e-20)
-        constant = tl.sum(q * tl.load(key_mean + h * D + d, mask=d < D, other=0)[:, None], 0)
-        if CENTER:
-            rest = tl.load(center_mean + pair * D + d, mask=(d < D) & (d >= 2 * HALF), other=0)
+        y = tl.zeros([SLICE, LANES], tl.float32)
+        power, constant = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+        for first in tl.range(0, DP, STEP, num_stages=1):
+            d = first + tl.arange(0, STEP)
+            q = scaled(line, d, valid, scale, D)
+            turn = matrix + (h * D + out[:, None]) * D + d[None, :]
+            turn = tl.load(turn, mask=(out < D)[:, None] & (d < D)[None, :], other=0)
+            y = tl.dot(turn, q, y, input_precision=PRECISION)
+            power += tl.sum(q * q, 0)
+            rest = tl.load(key_mean + h * D + d, mask=d < D, other=0)
+            if CENTER:
+                rest += tl.load(center_mean + pair * D + d, mask=(d < D) & (d >= 2 * HALF), other=0)
             constant += tl.sum(q * rest[:, None], 0)
+        # A bound of what q becomes, so that one pass suffices; rows of zeros get no factor of zero.
+        size = tl.maximum(tl.sqrt(tl.max(power)) * tl.load(norm + h), 1e-20)
         factor = size / MOST
+        y /= factor
         record = prepared + block * RB * (DP // 2 + 2)
-        y = tl.dot(turn, q, input_precision=PRECISION) / factor
         if TILES:
             both, _ = split_bytes(y, SLICE, LANES)
             place = tl.arange(0, 2 * LANES)[None, :]
@@ -121,30 +134,38 @@ def prepare(
                 slot = tl.load(side_slots + b * sides + token, mask=token < sides, other=-1).to(tl.int32)
                 there = slot >= 0
                 k, v = side_k + at * side_room * D, side_v + at * side_room * DV
-        e = tl.arange(0, DVP)
         row, here = mask_row(b, h, r % ROWS, groups, steps, length, mb, mh, ms)
-        keys = tl.load(k + token[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
-        values = tl.load(v + token[None, :] * DV + e[:, None], mask=there[None, :] & (e < DV)[:, None], other=0)
-        y = tl.dot(keys.to(tl.float32), q, input_precision=PRECISION)
-        y = limit(y, slot, here, row, mask, there, (offset, window, ahead, softcap, column), SOFTCAP, MASK)
+        y = tl.zeros([CHUNK, LANES], tl.float32)
+        for first in tl.range(0, DP, STEP, num_stages=1):
+            d = first + tl.arange(0, STEP)
+            q = scaled(line, d, valid, scale, D)
+            keys = tl.load(k + token[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
+            y = tl.dot(keys.to(tl.float32), q, y, input_precision=PRECISION)
+        y = limit(y, slot, here, row, mask, there, (offset, window, ahead, softcap), SOFTCAP, MASK)
         top, _, p = softmax(y, tl.full([LANES], LOWEST, tl.float32))
-        acc = tl.dot(values.to(tl.float32), p, input_precision=PRECISION)
         tops, totals = softmax_sums(sums, batch, parts, H, ROWS, DV)
         at = (at * parts + splits + chunk) * ROWS + r
         tl.store(tops + at, top, mask=valid)
         tl.store(totals + at, tl.sum(p, 0), mask=valid)
-        tl.store(sums + at[None, :] * DV + e[:, None], acc, mask=valid[None, :] & (e < DV)[:, None])
+        WIDE: tl.constexpr = 64 if DVP > 64 else DVP
+        for first in tl.range(0, DVP, WIDE, num_stages=1):
+            e = first + tl.arange(0, WIDE)
+            values = tl.load(v + token[None, :] * DV + e[:, None], mask=there[None, :] & (e < DV)[:, None], other=0)
+            mix = tl.dot(values.to(tl.float32), p, input_precision=PRECISION)
+            tl.store(sums + at[None, :] * DV + e[:, None], mix, mask=valid[None, :] & (e < DV)[:, None])
     elif CENTER:
         first, count = (which - SLICES - parts + splits) * PAGES, tl.load(ints + b)
         if first < count:
             own = part * RB + tl.arange(0, RP)
             each = query + b.to(tl.int64) * qb + (h * groups + own // steps).to(tl.int64) * qh + (own % steps) * qt
-            scores += block.to(tl.int64) * room * 64 * RP
-            starts += b.to(tl.int64) * starts_b
-            center_scores(
-                each, center_mean + pair * D, scale, own < ROWS, starts, starts_n, relative, scores, first, count,
-                HALF, HP, RP, PAGES, TILES, INTERLEAVED,
+            y, z = center_scores(
+                each, center_mean + pair * D, scale, own < ROWS, starts + b.to(tl.int64) * starts_b, starts_n, relative,
+                first, count, HALF, HP, RP, PAGES, TILES, INTERLEAVED,
             )  # fmt: skip
+            row, _ = mask_row(b, h, own % ROWS, groups, steps, length, mb, mh, ms)
+            slot = tl.load(ints + batch + b)
+            scores += block.to(tl.int64) * room * 64 * RP
+            store_scores(y, z, scores, first, count, mask, row, slot, offset, RP, TILES, 0 if SOFTCAP else MASK)
 
 
 @triton.jit

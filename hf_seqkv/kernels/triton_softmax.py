@@ -31,20 +31,31 @@ def limit(y, slot, here, row, mask, seen, limits, SOFTCAP: tl.constexpr, MASK: t
 
     `row` and `here [R]`: offset of the row's mask, and its query's slot; `seen [T]`: whether a token exists.
     """
-    offset, window, ahead, softcap, column = limits
+    offset, window, ahead, softcap = limits
     if SOFTCAP:
         x = tl.exp2(y * (2 / softcap))  # of e ** (2 s / cap); y is s * log2(e)
         y = softcap * LOG2E * (1 - 2 / (x + 1))
-    keep = seen[:, None] & (slot[:, None] > here[None, :] - window) & (slot[:, None] <= here[None, :] + ahead)
-    keep = keep & (slot >= offset)[:, None]
-    if MASK > 0:
-        bias = tl.load(mask + row[None, :] + (slot - offset).to(tl.int64)[:, None] * column, mask=keep, other=0)
-        if MASK == 1:
-            keep = keep & (bias != 0)
-        else:
-            bias = bias.to(tl.float32)
-            keep = keep & (bias > -float("inf"))
-            y += tl.maximum(bias, LOWEST / LOG2E) * LOG2E
+    keep = (seen & (slot >= offset))[:, None] & (slot[:, None] > here[None, :] - window)
+    if MASK == 0:
+        keep = keep & (slot[:, None] <= here[None, :] + ahead)
+    else:
+        y = masked(y, mask + row, (slot - offset)[:, None], keep, MASK)
+    return tl.where(keep, y, -float("inf"))
+
+
+@triton.jit
+def masked(y, line, column, keep, MASK: tl.constexpr):
+    """Scores `y [T, R]` under a mask, of bool (`MASK` is 1) or added.
+
+    It is read where `keep`: at `column` of each row's `line [R]`.
+    """
+    bias = tl.load(line[None, :] + column, mask=keep, other=0)
+    if MASK == 1:
+        keep = bias != 0
+    else:
+        bias = bias.to(tl.float32)
+        keep = bias > -float("inf")
+        y += tl.maximum(bias, LOWEST / LOG2E) * LOG2E
     return tl.where(keep, y, -float("inf"))
 
 

@@ -21,8 +21,7 @@ def _split(count: int) -> list[int]:
 
 def unlike(dim: int) -> tuple[tuple, ...]:
     """Pieces of `dim` components whose levels are gathered: of no width."""
-    sizes = _split(dim)
-    return tuple((0, sum(sizes[:i]), size, 0, False) for i, size in enumerate(sizes))
+    return tuple((0, first, 16, 0, False) for first in range(0, dim, 16))
 
 
 def pieces(widths: torch.Tensor, free: bool = True) -> tuple[tuple, ...]:
