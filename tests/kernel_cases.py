@@ -1,5 +1,6 @@
 """Attention calls for tests of the kernels: shapes, settings, and tensors where all that does not count is poisoned."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from hf_seqkv.codec.quantize import lloyd_max
 from hf_seqkv.codec.rotation import random_rotation
 from hf_seqkv.codec.vector import VectorCodec
 from hf_seqkv.kernels.interface import DenseRun, LayerView, Scoring, SideTable
+from hf_seqkv.kernels.triton_tables import byte_table, is_free
 
 
 @dataclass(frozen=True)
@@ -273,3 +275,18 @@ CASES = {
         sink_logits=True, offset=5, page_size=24, dim=80, value_dim=96, counts=(5, 0, 3), pads=(0, 40, 11),
     ),
 }  # fmt: skip
+
+
+def rounded(view):
+    """The view with the levels that byte tables hold; its codes are the same."""
+
+    def side(codec):
+        levels = codec.levels.clone()
+        for bits in codec.widths.unique().tolist():
+            for table in levels[:, bits, : 1 << bits]:
+                u, step, shift = byte_table(table, is_free(codec))
+                table[:] = step * (u.double() + shift)
+        given = codec.encode_matrix, codec.decode_matrix, codec.mean, codec.widths, levels
+        return VectorCodec(*given, codec.scale, codec.page_size, codec.scale_bits)
+
+    return dataclasses.replace(view, codec=QuantizedPageCodec(side(view.codec.key), side(view.codec.value)))

@@ -253,12 +253,12 @@ def measure(name: str, target: str) -> dict:
     spilt = sum(bool(re.search(r"\b(STL|LDL)\b|scratch_(load|store)", text)) for text in inner)
     facts |= {"spilt_in_loops": spilt, "shared": compiled.metadata.shared, "sources": sources()}
     if which == "partials":
-        # One loop for pages seen whole and one for the others, which is the longer; what is inside them holds less.
+        # One loop for pages seen whole and one for the others, which is the longer; AMD's kernels have one for all.
         found = sorted((len(loop), sum(bool(re.search(mma, text)) for text in loop)) for loop, _ in loops)
         most = max((count for _, count in found), default=0)
-        length, facts["mma"] = min((pair for pair in found if 2 * pair[1] >= most > 0), default=(0, 0))
-        lanes = warps * (64 if target.startswith("gfx") else 32)
-        facts["per_code"] = round(length * lanes / (2 * 64 * given.get("D", 128)), 2)
+        alike, lanes = (1, 64) if target.startswith("gfx") else (2, 32)
+        length, facts["mma"] = min((pair for pair in found if alike * pair[1] >= most > 0), default=(0, 0))
+        facts["per_code"] = round(length * warps * lanes / (2 * 64 * given.get("D", 128)), 2)
     return facts
 
 

@@ -8,14 +8,13 @@ from unittest import mock
 import pytest
 import torch
 import triton_tools
-from kernel_cases import MIXED, Case, build, make_center, vector_codec
+from kernel_cases import MIXED, Case, build, make_center, rounded, vector_codec
 
 from hf_seqkv.codec.page import QuantizedPageCodec
 from hf_seqkv.codec.quantize import distortion, lloyd_max
-from hf_seqkv.codec.vector import VectorCodec
 from hf_seqkv.eval.bench_cuda import on_device
 from hf_seqkv.kernels import reference, triton_attend, triton_launch, triton_pages
-from hf_seqkv.kernels.triton_tables import byte_table, is_free, pieces
+from hf_seqkv.kernels.triton_tables import byte_table, pieces
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -127,21 +126,6 @@ def error(out, expected):
     assert out.dtype == expected.dtype
     assert out.isfinite().all()
     return float((out.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
-def rounded(view):
-    """The view with the levels that tables hold; its codes are the same."""
-
-    def side(codec):
-        levels = codec.levels.clone()
-        for bits in codec.widths.unique().tolist():
-            for table in levels[:, bits, : 1 << bits]:
-                u, step, shift = byte_table(table, is_free(codec))
-                table[:] = step * (u.double() + shift)
-        given = codec.encode_matrix, codec.decode_matrix, codec.mean, codec.widths, levels
-        return VectorCodec(*given, codec.scale, codec.page_size, codec.scale_bits)
-
-    return dataclasses.replace(view, codec=QuantizedPageCodec(side(view.codec.key), side(view.codec.value)))
 
 
 @pytest.mark.parametrize("chosen", CASES.values(), ids=CASES)
