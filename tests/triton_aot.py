@@ -156,8 +156,7 @@ def compile_kernel(kernel, target: str, given: dict):
 
     from hf_seqkv.kernels.triton_pages import ENCODE, UNPACK
     from hf_seqkv.kernels.triton_partials import partials, partials_options
-    from hf_seqkv.kernels.triton_rows import NVIDIA as NVIDIA_PREPARE
-    from hf_seqkv.kernels.triton_rows import OPTIONS, prepare
+    from hf_seqkv.kernels.triton_rows import OPTIONS, prepare, prepare_options
 
     constants = _constants(kernel, target, given)
     pointers = {**_POINTERS, **_PAGES} if "_kernel" in kernel.fn.__name__ else _POINTERS
@@ -172,8 +171,8 @@ def compile_kernel(kernel, target: str, given: dict):
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     options = {"encode_kernel": ENCODE, "unpack_kernel": UNPACK}.get(kernel.fn.__name__, OPTIONS)
-    if kernel is prepare and where.backend == "cuda":
-        options = NVIDIA_PREPARE
+    if kernel is prepare:
+        options, _ = prepare_options(constants["HP"], where.backend == "cuda")
     if kernel is partials:
         shared = (100 if target == "sm_120" else 164) << 10
         options = partials_options(constants["KEYS"][0][0] > 0, constants["D"], shared)

@@ -26,7 +26,7 @@ from ..codec.page import PageCodec, QuantizedPageCodec
 from .interface import LayerView, Scoring
 from .triton_launch import Forms, on_device_of, seen_of, written
 from .triton_partials import partials, partials_options
-from .triton_rows import CHUNK, NVIDIA, OPTIONS, SLICE, combine, pages_scored, prepare, prepared_size
+from .triton_rows import CHUNK, OPTIONS, SLICE, combine, pages_scored, prepare, prepare_options, prepared_size
 from .triton_tables import SideTables, pieces
 
 TOLERANCE = 2e-2  # of the largest output, by byte tables
@@ -65,9 +65,12 @@ def use_tables(device: torch.device) -> bool:
 
 
 @functools.cache
-def _shared(device: torch.device) -> int:
-    """Bytes of shared memory of a multiprocessor."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and the bytes of shared memory of each; of an interpreter few."""
+    if device.type != "cuda":
+        return 4, 0
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_multiprocessor
 
 
 def _relative(relative: torch.Tensor, wide: int) -> torch.Tensor:
@@ -150,9 +153,12 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     ints = _numbers(view, device)
     half = 0 if view.center is None else view.center.relative.shape[-1] // 2
     wide = _power(half, 16)
-    relative, starts, mean, interleaved = ints, ints, ints, False
+    relative, starts, starts_room, mean, interleaved = ints, ints, 0, ints, False
     if view.center is not None:
-        relative, starts = _relative(view.center.relative, wide), _dense_last(view.center.starts)
+        relative, starts = _relative(view.center.relative, wide), view.center.starts
+        if starts.stride()[1:] != (2 * half, 1) or starts.stride(0) % max(2 * half, 1):
+            starts = starts.contiguous()
+        starts_room = starts.stride(0) // max(2 * half, 1)
         mean, interleaved = view.center.mean.contiguous(), view.center.interleaved
     mask = None if mask is None else _dense_last(mask)
     bias = ints if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
@@ -172,11 +178,14 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
 
     dp, dvp = _power(dim, 32), _power(value_dim, 32)
     prepared = torch.empty(blocks * prepared_size(dp, block), dtype=torch.float32, device=device)
-    some, scores, room, groups = min(_power(rows, 1), block), ints, 0, 0
+    some, scores, room, scorers = min(_power(rows, 1), block), ints, 0, 0
     each = pages_scored(some)
+    multiprocessors, shared = _gpu(device)
+    options, resident = prepare_options(wide, nvidia)
     if view.center is not None:
         room = max(view.counts, default=0)
-        groups = -(-room // each)
+        # No more programs than run at once: what each needs of queries and tables is had once.
+        scorers = min(-(-room // each), max(resident * multiprocessors // blocks, 1))
         scores = torch.empty(blocks * room * 64 * some, dtype=torch.float32, device=device)
     sums = torch.empty(batch * heads * parts * rows * (value_dim + 2), dtype=torch.float32, device=device)
     out = torch.empty(batch, steps, query_heads, value_dim, dtype=query.dtype, device=device)
@@ -189,23 +198,21 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
     }  # fmt: skip
     logits = ints if scoring.sink_logits is None else scoring.sink_logits.contiguous()
-    turns = starts.stride()[:2] if view.center is not None else (0, 0)
     words = pages.stride(0) // 4, pages.stride(1) // 4
     # All that the kernels' compiled forms depend on beside the codec.
     seen = seen_of(
         (query, pages, starts, relative, mean, *tensors, listed, bias, logits),
-        (*query.stride()[:3], *out.stride()[:3], *turns, *words),
+        (*query.stride()[:3], *out.stride()[:3], *words),
     )
     form = (query_heads, steps, half, interleaved, *shape.values(), side is None, scoring.sink_logits is None, seen)
     forms.start(
-        prepare, (blocks, dp // SLICE.value + parts - splits + groups, 1), form,
+        prepare, (blocks, dp // SLICE.value + parts - splits + scorers, 1), form,
         [query, scoring.scaling * 1.4426950408889634, key.matrix, key.norm, key.mean, mean, prepared, *tensors,
-         listed, ints, bias, sums, starts, relative, scores, *query.stride()[:3], *rooms, *strides, *turns,
+         listed, ints, bias, sums, starts, relative, scores, *query.stride()[:3], *rooms, *strides, starts_room,
          batch, parts, splits, sinks, recents, sides, room, *limits],
         lambda: shape | {
             "DVP": dvp, "HALF": half, "HP": wide, "PAGES": each, "TILES": tiles, "INTERLEAVED": interleaved,
-            "SIDE": side is not None, "PRECISION": "tf32x3" if nvidia else "ieee",
-            **(NVIDIA if nvidia else OPTIONS),
+            "SIDE": side is not None, "PRECISION": "tf32x3" if nvidia else "ieee", **options,
         },
     )  # fmt: skip
     if splits:
@@ -217,7 +224,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
                 # `prepare` puts it into scores of the constant part.
                 "MASK": 0 if view.center is not None and not cap else shape["MASK"],
                 "KEYS": key.pieces, "KU": key.uniform, "VALUES": value.pieces, "VU": value.uniform, "NARROW": narrow,
-                **partials_options(tiles, max(dim, value_dim), _shared(device)),
+                **partials_options(tiles, max(dim, value_dim), shared),
             },
         )  # fmt: skip
     part = min(dvp, 64)

@@ -49,39 +49,35 @@ def tokens_of(TILES: tl.constexpr):
 
 @triton.jit
 def center_scores(
-    query, mean, scale, valid, starts, starts_n, relative, first, count,
-    HALF: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    turns, starts, relative, first, count,
+    HALF: tl.constexpr, HP: tl.constexpr, SOME: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Scores `[32, PAGES * RP]` of both halves (`tokens_of`) of pages from `first` on; beyond `count`, of the last.
 
-    Of rows `query [RP]` points to, the constant part `mean` and `starts` of pages.
+    `turns` are the rows' `coefficients`, `SOME` pairs at a time.
     """
     LINES: tl.constexpr = PAGES * RP
-    SOME: tl.constexpr = 32 if HP > 32 else 16  # pairs at once, for want of registers
-    factor = factor_of(query, mean, scale, valid, HALF, HP, INTERLEAVED)
-    scale *= 1 / factor
     n = tl.minimum(first + tl.arange(0, PAGES), count - 1)
     token, later = tokens_of(TILES)
     y, z = tl.zeros([32, LINES], tl.float32), tl.zeros([32, LINES], tl.float32)
-    for part in tl.range(0, HP // SOME, num_stages=3):
+    for part in tl.static_range(HP // SOME):
         i = part * SOME + tl.arange(0, SOME)
+        turn = relative + i[None, :]  # [cos, sin][64][HP]
+        early, late = turn + token[:, None] * HP, turn + later[:, None] * HP
+        early_cos, late_cos = tl.load(early), tl.load(late)
+        early_sin, late_sin = tl.load(early + 64 * HP), tl.load(late + 64 * HP)
         inside = ((i < HALF) | (HALF == HP))[:, None]
-        cos, sin = coefficients(query, mean, scale, i, inside & valid[None, :], HALF, INTERLEAVED)
-        cos, sin = cos[:, None, :], sin[:, None, :]
-        start = starts + n[None, :] * starts_n + i[:, None]
+        start = starts + n[None, :] * (2 * HALF) + i[:, None]
         start_cos = tl.load(start, mask=inside, other=0)[:, :, None]
         start_sin = tl.load(start + HALF, mask=inside, other=0)[:, :, None]
-        turn = relative + i[None, :]  # [cos, sin][64][HP]
-        # Two products of 32 tokens each: one of 64 would be for a Hopper's warp groups.
+        cos, sin = turns[part][0][:, None, :], turns[part][1][:, None, :]
+        # Products of 32 tokens each: those of 64 would be for a Hopper's warp groups.
         turned = tl.reshape(cos * start_cos + sin * start_sin, (SOME, LINES))
-        y = exact_dot(tl.load(turn + token[:, None] * HP), turned, y)
-        z = exact_dot(tl.load(turn + later[:, None] * HP), turned, z)
+        y, z = exact_dot(early_cos, turned, y), exact_dot(late_cos, turned, z)
         turned = tl.reshape(sin * start_cos - cos * start_sin, (SOME, LINES))
-        turn += 64 * HP
-        y = exact_dot(tl.load(turn + token[:, None] * HP), turned, y)
-        z = exact_dot(tl.load(turn + later[:, None] * HP), turned, z)
-    return y * factor, z * factor
+        y, z = exact_dot(early_sin, turned, y), exact_dot(late_sin, turned, z)
+    return y, z
 
 
 @triton.jit
@@ -94,15 +90,45 @@ def store_scores(
     """
     LINES: tl.constexpr = y.shape[1]
     token, later = tokens_of(TILES)
-    place, line = tl.arange(0, 32), tl.arange(0, LINES)
-    page = first + line // RP
-    there = (page < count)[None, :]
     if MASK > 0:
+        page = first + tl.arange(0, LINES) // RP
+        there = (page < count)[None, :]
         own = mask + tl.reshape(tl.broadcast_to(row[None, :], (LINES // RP, RP)), (LINES,))
         column = slot + page[None, :] * 64 + token[:, None] - offset
         y = masked(y, own, column, there & (column >= 0), MASK)
         column += (later - token)[:, None]
         z = masked(z, own, column, there & (column >= 0), MASK)
-    at = scores + (page[None, :] * 64 + place[:, None]) * RP + (line % RP)[None, :]
-    tl.store(at, y, mask=there)
-    tl.store(at + 32 * RP, z, mask=there)
+    # Page by page, as they lie in memory: else each lane of a store would write to a line of its own.
+    n = first + tl.arange(0, LINES // RP)[:, None]
+    at = scores + n * (64 * RP) + tl.arange(0, 32 * RP)[None, :]
+    tl.store(at, by_page(y, RP), mask=n < count)
+    tl.store(at + 32 * RP, by_page(z, RP), mask=n < count)
+
+
+@triton.jit
+def by_page(y, RP: tl.constexpr):
+    """Scores `[32, pages * RP]` as `[pages, 32 * RP]`."""
+    PAGES: tl.constexpr = y.shape[1] // RP
+    return tl.reshape(tl.permute(tl.reshape(y, (32, PAGES, RP)), (1, 0, 2)), (PAGES, 32 * RP))
+
+
+@triton.jit
+def score_pages(
+    query, mean, scale, valid, starts, relative, scores, which, programs, count, mask, row, slot, offset,
+    HALF: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
+    INTERLEAVED: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Scores of a row's `count` pages, `PAGES` at a time: those that fall to program `which` of `programs`.
+
+    Of rows `query [RP]` points to, the constant part `mean` and `starts` of pages; `store_scores` has the rest.
+    """
+    SOME: tl.constexpr = 32 if HP > 32 else 16  # pairs at once, for want of registers
+    factor = factor_of(query, mean, scale, valid, HALF, HP, INTERLEAVED)
+    turns = ()
+    for part in tl.static_range(HP // SOME):
+        i = part * SOME + tl.arange(0, SOME)
+        there = ((i < HALF) | (HALF == HP))[:, None] & valid[None, :]
+        turns += (coefficients(query, mean, scale / factor, i, there, HALF, INTERLEAVED),)
+    for first in tl.range(which * PAGES, count, programs * PAGES, num_stages=2):
+        y, z = center_scores(turns, starts, relative, first, count, HALF, HP, SOME, RP, PAGES, TILES)
+        store_scores(y * factor, z * factor, scores, first, count, mask, row, slot, offset, RP, TILES, MASK)

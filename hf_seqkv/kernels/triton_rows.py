@@ -18,13 +18,12 @@ import triton
 import triton.language as tl
 
 from .triton_bytes import MOST, split_bytes
-from .triton_center import center_scores, store_scores
+from .triton_center import score_pages
 from .triton_softmax import FUSED, LOG2E, LOWEST, VARY, limit, mask_row, softmax
 
 CHUNK = tl.constexpr(32)  # dense tokens a part
 SLICE = tl.constexpr(32)  # rotated components a program
 OPTIONS = {"num_warps": 4, **FUSED}
-NVIDIA = OPTIONS | {"maxnreg": 168}  # of `prepare`: three programs a multiprocessor
 
 
 def prepared_size(padded: int, rows: int) -> int:
@@ -33,8 +32,14 @@ def prepared_size(padded: int, rows: int) -> int:
 
 
 def pages_scored(rows: int) -> int:
-    """Pages whose constant scores a program computes, for `rows` queries: what registers hold."""
+    """Pages whose constant scores are computed at once, for `rows` queries: what registers hold."""
     return max(64 // rows, 2)
+
+
+def prepare_options(wide: int, nvidia: bool) -> tuple[dict, int]:
+    """How `prepare` is compiled for a table of `wide` pairs, and how many of its programs a multiprocessor holds."""
+    resident = 3 if wide <= 64 else 2
+    return OPTIONS | ({"maxnreg": 168 if resident == 3 else 255} if nvidia else {}), resident
 
 
 @triton.jit
@@ -55,7 +60,7 @@ def scaled(line, d, valid, scale, D: tl.constexpr):
 def prepare(
     query, scale, matrix, norm, key_mean, center_mean, prepared,
     sink_k, sink_v, recent_k, recent_v, side_k, side_v, side_slots, ints, mask, sums, starts, relative, scores,
-    qb, qh, qt, sink_room, recent_room, side_room, mb, mh, ms, starts_b, starts_n,
+    qb, qh, qt, sink_room, recent_room, side_room, mb, mh, ms, starts_room,
     batch, parts, splits, sinks, recents, sides, room, steps, length, offset, window, ahead, softcap,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, INTERLEAVED: tl.constexpr, CENTER: tl.constexpr,
@@ -63,7 +68,7 @@ def prepare(
     SIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A head and block of rows: in its first `DP / SLICE` programs a slice of what `partials` needs, then as many
-    dense tokens as a part has, then scores of the constant part of `PAGES` pages.
+    dense tokens as a part has; those that remain share the constant part's scores, of `PAGES` pages at a time.
 
     Runs of dense tokens are `[B, H, room, D]`: the first `sinks`, `recents` and `sides` of them.
     """
@@ -154,18 +159,16 @@ def prepare(
             mix = tl.dot(values.to(tl.float32), p, input_precision=PRECISION)
             tl.store(sums + at[None, :] * DV + e[:, None], mix, mask=valid[None, :] & (e < DV)[:, None])
     elif CENTER:
-        first, count = (which - SLICES - parts + splits) * PAGES, tl.load(ints + b)
-        if first < count:
-            own = part * RB + tl.arange(0, RP)
-            each = query + b.to(tl.int64) * qb + (h * groups + own // steps).to(tl.int64) * qh + (own % steps) * qt
-            y, z = center_scores(
-                each, center_mean + pair * D, scale, own < ROWS, starts + b.to(tl.int64) * starts_b, starts_n, relative,
-                first, count, HALF, HP, RP, PAGES, TILES, INTERLEAVED,
-            )  # fmt: skip
-            row, _ = mask_row(b, h, own % ROWS, groups, steps, length, mb, mh, ms)
-            slot = tl.load(ints + batch + b)
-            scores += block.to(tl.int64) * room * 64 * RP
-            store_scores(y, z, scores, first, count, mask, row, slot, offset, RP, TILES, 0 if SOFTCAP else MASK)
+        own = part * RB + tl.arange(0, RP)
+        each = query + b.to(tl.int64) * qb + (h * groups + own // steps).to(tl.int64) * qh + (own % steps) * qt
+        lines, slots = mask_row(b, h, own % ROWS, groups, steps, length, mb, mh, ms)
+        before = SLICES + parts - splits
+        score_pages(
+            each, center_mean + pair * D, scale, own < ROWS, starts + b.to(tl.int64) * starts_room * (2 * HALF), relative,
+            scores + block.to(tl.int64) * room * 64 * RP, which - before, tl.num_programs(1) - before,
+            tl.load(ints + b), mask, lines, tl.load(ints + batch + b), offset,
+            HALF, HP, RP, PAGES, TILES, INTERLEAVED, 0 if SOFTCAP else MASK,
+        )  # fmt: skip
 
 
 @triton.jit

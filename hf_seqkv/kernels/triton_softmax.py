@@ -14,7 +14,7 @@ LOWEST = tl.constexpr(-3.4e38)  # of a maximum, so that differences of maxima ar
 # What changes from step to step, or with the batch or a mask, is not worth a compilation.
 VARY = [
     *("batch", "parts", "splits", "sinks", "recents", "sides", "room", "sink_room", "recent_room", "side_room"),
-    *("length", "offset", "window", "ahead", "mb", "mh", "ms", "starts_b", "count"),
+    *("length", "offset", "window", "ahead", "mb", "mh", "ms", "starts_room", "starts_b", "count"),
 ]
 
 
