@@ -26,7 +26,7 @@ from ..codec.page import PageCodec, QuantizedPageCodec
 from .interface import LayerView, Scoring
 from .triton_launch import Forms, on_device_of, seen_of, written
 from .triton_partials import partials, partials_options
-from .triton_rows import CHUNK, OPTIONS, SLICE, combine, pages_scored, prepare, prepare_options, prepared_size
+from .triton_rows import CHUNK, OPTIONS, SLICE, combine, pages_scored, prepare, prepare_options, record_size
 from .triton_tables import SideTables, pieces
 
 TOLERANCE = 2e-2  # of the largest output, by byte tables
@@ -90,7 +90,7 @@ def _power(n: int, least: int) -> int:
 
 def pages_each(count: int) -> int:
     """Pages a program takes of a row with `count`: few enough that short rows fill a GPU, too."""
-    return min(max(2, _power(count, 1) // 64), 16)
+    return min(max(_power(count, 1) // 64, 1), 16)
 
 
 def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
@@ -177,7 +177,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     parts = splits + sum(-(-n // CHUNK.value) for n in (sinks, longest, sides))
 
     dp, dvp = _power(dim, 32), _power(value_dim, 32)
-    prepared = torch.empty(blocks * prepared_size(dp, block), dtype=torch.float32, device=device)
+    prepared = torch.empty(blocks * block * record_size(dp), dtype=torch.float32, device=device)
     some, scores, room, scorers = min(_power(rows, 1), block), ints, 0, 0
     each = pages_scored(some)
     multiprocessors, shared = _gpu(device)
@@ -207,9 +207,9 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     form = (query_heads, steps, half, interleaved, *shape.values(), side is None, scoring.sink_logits is None, seen)
     forms.start(
         prepare, (blocks, dp // SLICE.value + parts - splits + scorers, 1), form,
-        [query, scoring.scaling * 1.4426950408889634, key.matrix, key.norm, key.mean, mean, prepared, *tensors,
-         listed, ints, bias, sums, starts, relative, scores, *query.stride()[:3], *rooms, *strides, starts_room,
-         batch, parts, splits, sinks, recents, sides, room, *limits],
+        [query, scoring.scaling * 1.4426950408889634, key.matrix, key.norm, key.mean, key.middle, mean, prepared,
+         *tensors, listed, ints, bias, sums, starts, relative, scores, *query.stride()[:3], *rooms, *strides,
+         starts_room, batch, parts, splits, sinks, recents, sides, room, *limits],
         lambda: shape | {
             "DVP": dvp, "HALF": half, "HP": wide, "PAGES": each, "TILES": tiles, "INTERLEAVED": interleaved,
             "SIDE": side is not None, "PRECISION": "tf32x3" if nvidia else "ieee", **options,
@@ -219,7 +219,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         forms.start(
             partials, (blocks, splits, 1), form,
             [prepared, scores, pages.view(torch.int32), ints, bias, sums, *key.arguments, *value.arguments,
-             *words, *begins, *strides, batch, parts, room, *limits],
+             value.middle, *words, *begins, *strides, batch, parts, room, *limits],
             lambda: shape | {
                 # `prepare` puts it into scores of the constant part.
                 "MASK": 0 if view.center is not None and not cap else shape["MASK"],

@@ -27,11 +27,9 @@ def split_bytes(x, N: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def load_bytes(data, place, there, R: tl.constexpr):
-    """Lines `[R, 2]` at `place [N]` of what `split_bytes` gave: numbers fp32 `[N, R]`, and bytes `[N, 2 * R]`."""
+    """Lines at `place [N]` of the bytes that `split_bytes` gave, `[N, 2 * R]`; zeros where not `there`."""
     both = data.to(tl.pointer_type(tl.int8)) + place[:, None] * (2 * R) + tl.arange(0, 2 * R)[None, :]
-    both = tl.load(both, mask=there[:, None], other=0)
-    high, low = tl.split(tl.reshape(both.to(tl.float32), (both.shape[0], R, 2)))
-    return high * 256 + low, both
+    return tl.load(both, mask=there[:, None], other=0)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .triton_bytes import BEGIN, MOST, join_bytes, load_bytes, split_bytes
 from .triton_gather import gather_tile
-from .triton_rows import softmax_sums
+from .triton_rows import SLICE, record_size, softmax_sums
 from .triton_scales import load_scales, scale_of
 from .triton_softmax import FUSED, LOWEST, VARY, limit, mask_row, softmax
 from .triton_tile import component_of, key_tile, load_shifts, load_tables, reorder, token_of, value_tile
@@ -50,8 +50,8 @@ def page_number(step, begin, first, last, count, EDGE: tl.constexpr):
 @triton.jit(do_not_specialize=VARY, do_not_specialize_on_alignment=["mask"])
 def partials(
     prepared, scores, pages, ints, mask, sums,
-    key_tables, key_middle, key_levels, key_widths, key_offsets,
-    value_tables, value_middle, value_levels, value_widths, value_offsets,
+    key_tables, key_levels, key_widths, key_offsets,
+    value_tables, value_levels, value_widths, value_offsets, value_middle,
     batch_words, page_words, key_codes, key_scales, value_codes, value_scales, mb, mh, ms,
     batch, parts, room, steps, length, offset, window, ahead, softcap,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
@@ -92,7 +92,7 @@ def partials(
     r = part * RB + lane
     row, here = mask_row(b, h, r % ROWS, ROWS // steps, steps, length, mb, mh, ms)
     limits = (offset, window, ahead, softcap)
-    record = prepared + block * RB * (DP // 2 + 2)
+    record = prepared + block * RB * record_size(DP)
     line = record.to(tl.pointer_type(tl.float16))
     record += DP // 2 * RB
     factor = tl.load(record)
@@ -103,14 +103,13 @@ def partials(
     if TABLES:
         token = token_of(token)
         shifts = load_shifts(key_tables)
+        for j in tl.static_range(DP // SLICE):
+            base += tl.load(record + (2 + j) * RB + lane)
     for j in tl.static_range(len(KEYS)):
         if TABLES:
             place = component_of(tl.arange(0, 32), KEYS[j][2])
             place, there = KEYS[j][1] + place, place < KEYS[j][2]
-            middle = tl.load(key_middle + h * D + place, mask=there, other=0)
-            number, both = load_bytes(line, place, there, RB)
-            base += tl.sum(number * middle[:, None], 0)
-            q += (both,)
+            q += (load_bytes(line, place, there, RB),)
             key_words += (load_tables(key_tables + h * 64, KEYS[j][0], KEYS[j][4]),)
         else:
             place = KEYS[j][1] + tl.arange(0, KEYS[j][2])

@@ -4,7 +4,8 @@ Queries of a head share a factor that brings them to what matrix units take. Eve
 digits: matrix units take numbers in three parts (`tf32x3`) where they can. Between the kernels lie two buffers of fp32:
 
     prepared    by block of rows: queries as keys are rotated, `[DP, RB]` fp16 or, for tiles, two bytes each
-                (`triton_bytes.split_bytes`); their factor and the constant score, `[RB]` each
+                (`triton_bytes.split_bytes`); their factor and the constant score, `[RB]` each; for tiles sums of
+                these numbers times the zeros of tables, `[DP / SLICE, RB]`
     sums        by KV head and part: mix `[pairs, parts, rows, DV]`, then maxima and totals `[pairs, parts, rows]` of
                 its softmax; first the parts of pages, from `splits` on those of dense tokens, `CHUNK` of them each
 
@@ -26,9 +27,10 @@ SLICE = tl.constexpr(32)  # rotated components a program
 OPTIONS = {"num_warps": 4, **FUSED}
 
 
-def prepared_size(padded: int, rows: int) -> int:
-    """Numbers of a block in `prepared`: `padded` components of `rows` queries."""
-    return rows * (padded // 2 + 2)
+@triton.constexpr_function
+def record_size(padded: int) -> int:
+    """Numbers of a query in `prepared`, of `padded` components."""
+    return padded // 2 + 2 + padded // SLICE.value
 
 
 def pages_scored(rows: int) -> int:
@@ -58,7 +60,7 @@ def scaled(line, d, valid, scale, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARY, do_not_specialize_on_alignment=["mask"])
 def prepare(
-    query, scale, matrix, norm, key_mean, center_mean, prepared,
+    query, scale, matrix, norm, key_mean, key_middle, center_mean, prepared,
     sink_k, sink_v, recent_k, recent_v, side_k, side_v, side_slots, ints, mask, sums, starts, relative, scores,
     qb, qh, qt, sink_room, recent_room, side_room, mb, mh, ms, starts_room,
     batch, parts, splits, sinks, recents, sides, room, steps, length, offset, window, ahead, softcap,
@@ -102,12 +104,15 @@ def prepare(
         size = tl.maximum(tl.sqrt(tl.max(power)) * tl.load(norm + h), 1e-20)
         factor = size / MOST
         y /= factor
-        record = prepared + block * RB * (DP // 2 + 2)
+        record = prepared + block * RB * record_size(DP)
         if TILES:
-            both, _ = split_bytes(y, SLICE, LANES)
+            both, rounded = split_bytes(y, SLICE, LANES)
             place = tl.arange(0, 2 * LANES)[None, :]
             data = record.to(tl.pointer_type(tl.int8)) + out[:, None] * (2 * RB) + place
             tl.store(data, both, mask=place < 2 * RB)
+            middle = tl.load(key_middle + h * D + out, mask=out < D, other=0)
+            data = record + (DP // 2 + 2 + which) * RB
+            tl.store(data + lane, tl.sum(rounded * middle[:, None], 0), mask=lane < RB)
         else:
             data = record.to(tl.pointer_type(tl.float16)) + out[:, None] * RB + lane[None, :]
             tl.store(data, y.to(tl.float16), mask=(lane < RB)[None, :])
@@ -161,11 +166,11 @@ def prepare(
     elif CENTER:
         own = part * RB + tl.arange(0, RP)
         each = query + b.to(tl.int64) * qb + (h * groups + own // steps).to(tl.int64) * qh + (own % steps) * qt
-        lines, slots = mask_row(b, h, own % ROWS, groups, steps, length, mb, mh, ms)
+        lines, _slots = mask_row(b, h, own % ROWS, groups, steps, length, mb, mh, ms)
         before = SLICES + parts - splits
         score_pages(
-            each, center_mean + pair * D, scale, own < ROWS, starts + b.to(tl.int64) * starts_room * (2 * HALF), relative,
-            scores + block.to(tl.int64) * room * 64 * RP, which - before, tl.num_programs(1) - before,
+            each, center_mean + pair * D, scale, own < ROWS, starts + b.to(tl.int64) * starts_room * (2 * HALF),
+            relative, scores + block.to(tl.int64) * room * 64 * RP, which - before, tl.num_programs(1) - before,
             tl.load(ints + b), mask, lines, tl.load(ints + batch + b), offset,
             HALF, HP, RP, PAGES, TILES, INTERLEAVED, 0 if SOFTCAP else MASK,
         )  # fmt: skip

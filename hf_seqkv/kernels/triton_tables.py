@@ -20,7 +20,7 @@ def _split(count: int) -> list[int]:
 
 
 def unlike(dim: int) -> tuple[tuple, ...]:
-    """Pieces of `dim` components whose levels are gathered: of no width."""
+    """Pieces of `dim` components whose levels are gathered: of no width, and so few that addresses fit registers."""
     return tuple((0, first, 16, 0, False) for first in range(0, dim, 16))
 
 
@@ -84,10 +84,10 @@ class SideTables:
         pieces: As `pieces` or `unlike` has them.
         uniform: Bits of all components, 0 where they differ.
         matrix: `[H, D, D]`, the rotation back, steps included; `norm [H]`, the largest of its rows.
-        mean: `[H, D]`.
+        mean, middle: `[H, D]`; the second of `u` the negated zero.
         arguments: What `partials` takes: `words [H, 8, 8]` int32, numbers of `triton_tile.load_shifts` in rows 0, 6 and
-            7 and at the end of row 1, byte tables of each width in the others; `middle [H, D]`, of `u` the negated
-            zero; levels `[H, 9, 256]` fp16; widths and offsets `[H, D]` int32.
+            7 and at the end of row 1, byte tables of each width in the others; levels `[H, 9, 256]` fp16; widths and
+            offsets `[H, D]` int32.
     """
 
     def __init__(self, side, expand: bool):
@@ -113,8 +113,9 @@ class SideTables:
         step, shift = affine.to(device).gather(1, side.widths.long()[..., None].expand(-1, -1, 2)).unbind(-1)
         self.matrix, self.mean = (side.decode_matrix * step[..., None]).contiguous(), side.mean.contiguous()
         self.norm = self.matrix.norm(dim=-1).amax(-1).contiguous()
+        self.middle = shift.contiguous()
         levels[:, 0] = 0
         self.arguments = (
-            words.to(device), shift.contiguous(), levels.to(device, torch.float16),
+            words.to(device), levels.to(device, torch.float16),
             *(x.to(device, torch.int32).contiguous() for x in (side.widths, side.offsets)),
         )  # fmt: skip
