@@ -6,12 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequence_cases import (
+    BASE,
+    HEADER,
+    HEADS,
+    PAGE,
+    both,
+    decode,
+    encode,
+    flat,
+    make_codec,
+    make_pages,
+    read,
+    tables,
+)
 
 from hf_seqkv.codec.importance import LEVELS, features
-from hf_seqkv.codec.sequence import SequenceCodec
 from hf_seqkv.codec.sequence_part import (
     CLASSES,
-    INPUTS,
     LADDER,
     LEVEL_CLASSES,
     REFINED,
@@ -19,89 +31,14 @@ from hf_seqkv.codec.sequence_part import (
     SHIFT_CLASS,
     SHIFTS,
     SIZES,
-    Part,
     best_shifts,
     classes_at,
     dct,
     shifted,
     size_codes,
-    sources,
 )
-from hf_seqkv.codec.symbol_tables import LIMIT, SymbolTables
-
-HEADER = 44
-PAGE, EMBEDDED, BASE = 8, 12, 0.05
-SHAPES = ((2, 4, 6), (1, 8, 8), (3, 6, 4))  # KV heads, key dim and value dim of each layer
-HEADS = [heads for heads, _, _ in SHAPES]
-both = pytest.mark.parametrize("predict", [True, False], ids=["predicting", "plain"])
-
-
-def widths():
-    """Of every part in turn, and the layer it belongs to."""
-    return [(heads * dim, layer) for layer, (heads, *dims) in enumerate(SHAPES) for dim in dims]
-
-
-def inputs(index):
-    """Widths of what a part is predicted from: all there is, but for the last layer's keys, which miss two."""
-    sizes = [width for width, _ in widths()]
-    found = [EMBEDDED, *(0 if n is None else sizes[n] for n in sources(index))]
-    return tuple(0 if index == 4 and at in (0, 3) else width for at, width in enumerate(found))
-
-
-def tables(symmetric_ratio=0.8):
-    """By class: geometric, of the width that a class of sizes means."""
-    deviation = 2.0 ** ((torch.arange(CLASSES, dtype=torch.float64) % SIZES - SIZES // 3) / 4)
-    ratio = (-symmetric_ratio * 2**0.5 / deviation).exp()[:, None]
-    return SymbolTables.fit(1e4 * ratio ** torch.arange(-LIMIT, LIMIT + 1).abs())
-
-
-def make_codec(predict=True, step=0, refine=1.0, seed=0):
-    """A valid codec whose numbers are random; `refine` moves the level of every token."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    parts = []
-    for index, (width, layer) in enumerate(widths()):
-        heads, key_dim, _ = SHAPES[layer]
-        basis = torch.linalg.qr(normal(width, width))[0] * (2.0 ** (normal(width, 1) / 2))
-        importance = torch.zeros(heads * key_dim + 4 * heads + 3)
-        importance[0], importance[-1] = 1.5, refine
-        codes = size_codes(2.0 ** normal(PAGE, width), BASE)
-        refined = torch.full((LEVELS, width), size_codes(torch.tensor(BASE / 3), BASE).item(), dtype=torch.uint8)
-        counts = inputs(index) if predict else (0,) * INPUTS
-        predictor = normal(sum(counts), width) / max(1, sum(counts)) ** 0.5
-        ladder = [x.expand(len(LADDER), *x.shape).contiguous() for x in (codes, refined)]
-        parts.append(Part(normal(width), counts, predictor, basis, *ladder, importance, share=4))
-    return SequenceCodec(parts, dct(PAGE), tables(), torch.zeros(CLASSES, 3), BASE, step)
-
-
-def make_pages(count=3, seed=1):
-    """Embeddings, and keys and values of every layer."""
-    generator = torch.Generator().manual_seed(seed)
-    embedded = torch.randn(count, PAGE, EMBEDDED, generator=generator)
-    layers = [
-        tuple(torch.randn(count, heads, PAGE, dim, generator=generator) for dim in dims) for heads, *dims in SHAPES
-    ]
-    return embedded, layers
-
-
-def encode(codec, embedded, layers):
-    """Stored pages, what the encoder says they decode to, and the encoder."""
-    positions = torch.arange(len(embedded) * PAGE).view(-1, PAGE)
-    encoder = codec.encoder(embedded if codec.predicts else None)
-    held = [encoder.add(k, v, positions) for k, v in layers]
-    return encoder.finish(), held, encoder
-
-
-def decode(codec, pages, embedded):
-    return list(codec.decode(pages, embedded if codec.predicts else None, HEADS))
-
-
-def flat(layers):
-    return torch.cat([x.transpose(1, 2).flatten(2) for pair in layers for x in pair], -1)  # [N, P, all components]
-
+from hf_seqkv.codec.sequence_quiet import with_flags
+from hf_seqkv.codec.symbol_tables import LIMIT
 
 # What comes back.
 
@@ -118,15 +55,12 @@ def test_the_decoder_holds_what_the_encoder_held(predict, step):
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 1000), st.integers(1, 4), st.integers(-30, 30), st.booleans(), st.floats(0, 8))
-def test_any_numbers_come_back_as_held(seed, count, step, predict, spread):
-    codec, (embedded, layers) = make_codec(predict, step, refine=seed % 5 - 1.0, seed=seed), make_pages(count, seed)
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(-30, 30), st.booleans(), st.floats(0, 8), st.floats(0, 1))
+def test_any_numbers_come_back_as_held(seed, count, step, predict, spread, quiet):
+    codec, (embedded, layers) = make_codec(predict, step, seed % 5 - 1.0, seed, quiet), make_pages(count, seed)
     layers = [tuple(x * 10 ** (spread * torch.rand_like(x) - spread / 2) for x in pair) for pair in layers]
     pages, held, encoder = encode(codec, embedded, layers)
-    levels, coarse, fine = zip(*map(codec._read, pages), strict=True)
-    coarse = torch.stack(coarse).split([part.sizes[0].numel() for part in codec.parts], 1)
-    fine = map(torch.cat, zip(*fine, strict=True))
-    for index, found in enumerate(zip(torch.stack(levels, 1), coarse, fine, strict=True)):
+    for index, found in enumerate(read(codec, pages)):
         assert all(torch.equal(a, b) for a, b in zip(found, encoder.coded(index), strict=True))
     assert torch.equal(flat(decode(codec, pages, embedded)), flat(held))
 
@@ -230,21 +164,24 @@ def test_the_same_bytes_every_time():
 def test_bytes_are_what_tables_promise(predict):
     codec, (embedded, layers) = make_codec(predict, step=6), make_pages(2)
     pages, _, encoder = encode(codec, embedded, layers)
-    bits = codec.tables.bits().double()
+    bits = with_flags(codec.tables).bits().double()
 
     def price(classes, symbols):
         return bits[classes.long(), symbols.long() + LIMIT].sum().item()
 
     coded = [encoder.coded(i) for i in range(len(codec.parts))]
     pairs = zip(coded, codec.coders, strict=True)
-    chosen = torch.stack([best_shifts(x[1], coder.coarse.classes[0], bits.float()) for x, coder in pairs], 1)
+    chosen = torch.stack([best_shifts(x[1], coder.kinds[SHIFTS], bits.float()) for x, coder in pairs], 1)
     for n, page in enumerate(pages):
         expected = price(torch.full((len(codec.parts),), SHIFT_CLASS), chosen[n])
-        for i, (coder, (levels, coarse, fine)) in enumerate(zip(codec.coders, coded, strict=True)):
+        for i, (coder, (levels, loud, silent, fine)) in enumerate(zip(codec.coders, coded, strict=True)):
             refined, levels = (levels[:n] > 0).sum(), levels[n]
             rows = fine[refined : refined + (levels > 0).sum()]
             expected += price(torch.full_like(levels, LEVEL_CLASSES + coder.part.share), levels)
-            expected += price(coder.kinds[chosen[n, i] + SHIFTS], coarse[n])
+            active = silent[n].any(-1)
+            expected += price(coder.kinds[chosen[n, i] + SHIFTS], loud[n])
+            expected += price(coder.flags + CLASSES, active)
+            expected += price(coder.quiet_kinds[chosen[n, i] + SHIFTS][active], silent[n, active])
             expected += price(coder.fine.classes[levels[levels > 0] - 1], rows)
         streams = HEADER + 3 * (4 + 4)  # each with its count of words and one lane's state
         assert 8 * (len(page) - streams) == pytest.approx(expected, rel=0.02)

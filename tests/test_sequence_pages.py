@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sequence import EMBEDDED, HEADER, PAGE, SHAPES, decode, encode, flat, make_codec, make_pages
+from sequence_cases import EMBEDDED, HEADER, PAGE, SHAPES, decode, encode, flat, make_codec, make_pages, read
 
 from hf_seqkv.codec.importance import LEVELS
 from hf_seqkv.codec.rotation import hadamard_matrix
@@ -67,8 +67,8 @@ def test_what_it_is_not_is_named(stored):
     codec, page = stored
     with pytest.raises(FormatError, match=r"magic is b'PK.*SKVS"):
         codec._read(b"PK\3\4" + page[4:])
-    with pytest.raises(FormatError, match=r"version 2.*reads version 1"):
-        codec._read(page[:4] + b"\2" + page[5:])
+    with pytest.raises(FormatError, match=r"version 1.*reads version 2.*the hf_seqkv that wrote it"):
+        codec._read(page[:4] + b"\1" + page[5:])
 
 
 def test_another_step_or_codec_is_named(stored):
@@ -99,13 +99,14 @@ def numbers(*shape, salt=0, span=65):
 def golden_codec():
     frequencies = torch.zeros(CLASSES, ESCAPE + 1, dtype=torch.int32)
     for kind, row in enumerate(frequencies):
-        limit = 3 + kind % 20
-        row[LIMIT - limit : LIMIT + limit + 1] = 16
-        row[LIMIT], row[ESCAPE] = 16 + TOTAL // 2, 16
-        row[LIMIT + 1] += TOTAL - row.sum()
+        limit, least = 3 + kind % 20, 2 if kind < 12 else 16
+        row[LIMIT - limit : LIMIT + limit + 1] = least
+        row[LIMIT], row[ESCAPE] = least + TOTAL // 2, least
+        row[LIMIT + (kind >= 12)] += TOTAL - row.sum()
     parts = []
     for index, width in enumerate((4, 16, 16, 4)):
         sizes = (120 + numbers(len(LADDER), PAGE, width, salt=index) // 4).to(torch.uint8)
+        sizes[..., 5:] = 90 + index  # mostly zero
         refined = (120 + numbers(len(LADDER), LEVELS, width, salt=index) // 8).to(torch.uint8)
         inputs = ((EMBEDDED, 0, 0, 0, 0, 0), (EMBEDDED, 0, 0, 0, 0, 4), (EMBEDDED, 4, 16, 0, 0, 0), (0, 4, 0, 0, 0, 16))
         predictor = numbers(sum(inputs[index]), width, salt=index) / 256
@@ -120,10 +121,15 @@ def golden_symbols(codec):
     """Levels, coarse and fine symbols of one page, among them some that tables know as escapes."""
     sizes = [part.sizes.shape[2] for part in codec.parts]
     levels = numbers(1, len(sizes), PAGE, salt=3, span=17).clamp(0, LEVELS)
-    coarse = [(numbers(1, PAGE * width, salt=width, span=61) / 8).int() for width in sizes]
-    coarse[1][0, :3] = torch.tensor([40, -5000, 2**30])
+    loud = [
+        (numbers(1, PAGE * coder.loud, salt=n, span=61) / 8).int() for n, coder in zip(sizes, codec.coders, strict=True)
+    ]
+    silent = (numbers(1, len(codec.quiet.flags), PAGE, span=37) / 17).int()
+    silent[:, ::2] = 0
+    loud[1][0, :3] = torch.tensor([40, -5000, 2**30])
+    silent[0, 1, :2] = torch.tensor([-70, 3])
     fine = [(numbers(int((levels[0, i] > 0).sum()), width, salt=i, span=41) / 5).int() for i, width in enumerate(sizes)]
-    return levels, coarse, fine
+    return levels, loud, silent, fine
 
 
 def golden_embedded():
@@ -132,10 +138,11 @@ def golden_embedded():
 
 def test_golden_page_decodes():
     codec, data = golden_codec(), (GOLDEN / "sequence.page").read_bytes()
-    levels, coarse, fine = codec._read(data)
-    coarse = coarse[None].split([part.sizes[0].numel() for part in codec.parts], 1)
-    for ours, theirs in zip((levels[None], *coarse, *fine), _flatten(golden_symbols(codec)), strict=True):
-        assert torch.equal(ours, theirs)
+    assert [(coder.loud, len(coder.flags)) for coder in codec.coders] == [(4, 0), (5, 11), (5, 11), (4, 0)]
+    levels, loud, silent, fine = golden_symbols(codec)
+    expected = zip(levels.unbind(1), loud, silent.split([0, 11, 11, 0], 1), fine, strict=True)
+    for found, part in zip(read(codec, [data]), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, part, strict=True))
     decoded = flat(codec.decode([data], golden_embedded(), (1, 2))).double()
     stored = torch.frombuffer(bytearray((GOLDEN / "sequence.f32").read_bytes()), dtype=torch.float32).double()
     # Symbols are exact; what they are added to is sums that processors order in their own way.
@@ -145,11 +152,6 @@ def test_golden_page_decodes():
 def test_golden_page_is_what_write_gives():
     codec = golden_codec()
     assert codec.write(*golden_symbols(codec)) == [(GOLDEN / "sequence.page").read_bytes()]
-
-
-def _flatten(symbols):
-    levels, coarse, fine = symbols
-    return levels, *coarse, *fine
 
 
 def write_golden():

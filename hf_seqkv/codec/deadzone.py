@@ -128,23 +128,30 @@ def code_lengths(symbols: torch.Tensor, classes: torch.Tensor, moves: torch.Tens
 class DeadZone:
     """Quantiser of rows of coefficients; a row chooses one of `R` settings.
 
-    Symbols of a row are in the order of their classes, so that equal tables are used together.
+    Symbols of a row are in the order of their classes, so that equal tables are used together, unless another is given.
 
     Args:
         classes: Class of every coefficient, `[R, M]` uint8.
         steps: Step of each setting, `[R]`.
         bits: Code length of each value by class, `[C, 255]` fp32; see `SymbolTables.bits`.
         offsets: What to add to a magnitude of 1, 2, and 3 or more, by class, `[C, 3]` fp32, in steps.
+        order: Coefficients in the order of their symbols, `[R, M]` int64.
     """
 
-    def __init__(self, classes: torch.Tensor, steps: torch.Tensor, bits: torch.Tensor, offsets: torch.Tensor):
-        order = classes.to(torch.int32).argsort(dim=-1, stable=True)
+    def __init__(self, classes: torch.Tensor, steps: torch.Tensor, bits, offsets, order: torch.Tensor | None = None):
+        if order is None:
+            order = classes.to(torch.int32).argsort(dim=-1, stable=True)
         places = torch.empty(order.shape, dtype=torch.int32)
         places.scatter_(-1, order, torch.arange(order.shape[-1], dtype=torch.int32).expand(order.shape))
         self.order, self.classes, self.steps = order.to(torch.int32), classes.gather(-1, order), steps.float()
         scales, bits, offsets = (x.contiguous().numpy() for x in (self.steps, bits, offsets))
         self._forward = classes.contiguous().numpy(), places.numpy(), scales, bits, offsets
         self._back = self.order.numpy(), self.classes.numpy(), scales, offsets
+
+    @property
+    def points(self) -> tuple[np.float32, np.ndarray]:
+        """Step of the first setting, and offsets."""
+        return self._back[2][0], self._back[3]
 
     def quantise(self, x: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Coefficients `[n, M]` fp32, by settings `[n]` int64, to symbols `[n, M]` int32 and what they stand for.

@@ -6,8 +6,8 @@ Coding goes layer by layer, keys then values, over the `P` tokens of a page at o
    for values, the decoded keys of their own layer. Keys are taken before RoPE.
 2. transform: the residual times a matrix that whitens what the model's output feels and removes correlation across
    heads and components; then a DCT along the page's tokens, after which errors do not add up over tokens.
-3. quantisation: `deadzone.py`, one step for everything; classes tell the expected size of each coefficient in it, and
-   a page moves all those of a part by a shift of its own.
+3. quantisation: `deadzone.py`, one step for everything; classes tell the expected size of each coefficient in it, and a
+   page moves a part's by a shift of its own. Of components that are mostly zero it has few (`sequence_quiet.py`).
 4. refinement: tokens on which much depends (`importance.py`) get their error coded again with a step of `2**-level`.
 5. entropy coding: `entropy.py`, with static tables. Symbols depend on integers alone; predictions only shift what they
    are added to, so that arithmetic that differs between machines moves a result by rounding and never loses a stream.
@@ -16,9 +16,8 @@ Steps are counted in quarter octaves from the calibration's own (`step` of -4 is
 measured at three steps (`LADDER`) and lie on the line between them elsewhere.
 
 A stored page, little-endian: magic `SKVS`, version u16, step i16, page size u16, parts u16, bytes of three streams u32
-each, codec fingerprint 16 bytes, CRC-32 of all but itself u32; then the streams. The first holds the levels of all
-parts and their shifts, the second their coefficients, the third the refined tokens' symbols, part by part, token by
-token.
+each, codec fingerprint 16 bytes, CRC-32 of all but itself u32; then the streams. The first holds all parts' levels,
+shifts and flags, the second their coefficients, those of active quiet components last, the third the refined tokens'.
 """
 
 from __future__ import annotations
@@ -35,11 +34,12 @@ import torch
 from ..errors import FormatError
 from . import entropy, importance
 from .importance import LEVELS
-from .sequence_part import LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts
+from .sequence_part import CLASSES, LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts
+from .sequence_quiet import QuietComponents, are_active, with_flags
 from .symbol_tables import SymbolTables
 from .threads import on_threads, spans
 
-MAGIC, VERSION = b"SKVS", 1
+MAGIC, VERSION = b"SKVS", 2
 _HEADER = struct.Struct("<4sHhHHIII16sI")
 
 
@@ -54,22 +54,22 @@ class SequenceCodec:
         base: Step 0, in units of the coefficients.
         step: Quarter octaves from it.
 
-    Layers may differ in heads and head dims; pages are of `P` tokens each.
+    Layers may differ in heads and head dims.
     """
 
-    def __init__(
-        self, parts: Sequence[Part], along, tables: SymbolTables, offsets: torch.Tensor, base: float, step: int
-    ):
+    def __init__(self, parts: Sequence[Part], along, tables: SymbolTables, offsets, base: float, step: int):
         self.parts, self.along, self.tables, self.offsets = list(parts), along, tables, offsets
-        self.base, self.step, self.page_size = base, step, len(along)
-        self._bits = tables.bits()
+        self.base, self.step, self.page_size, self._bits = base, step, len(along), tables.bits()
         self.coders = [PartCoder(part, along, step, base, self._bits, offsets) for part in parts]
-        self.sizes = [part.sizes[0].numel() for part in parts]
+        self.quiet = QuietComponents(*zip(*((x.flags, x.quiet_kinds) for x in self.coders), strict=True))
+        self.sizes = [coder.kinds.shape[1] for coder in self.coders]  # coefficients of loud components
         self._widths = torch.tensor([part.bias.numel() for part in parts])
         self._finer = [torch.empty(0, dtype=torch.uint8), *(row for coder in self.coders for row in coder.fine.classes)]
         shares = torch.tensor([part.share + LEVEL_CLASSES for part in parts], dtype=torch.uint8)
         shifts = torch.full((len(parts),), SHIFT_CLASS, dtype=torch.uint8)
-        self._head = torch.cat([shares.repeat_interleave(self.page_size), shifts])
+        flags = (self.quiet.flags + CLASSES).to(torch.uint8)
+        self._head = torch.cat([shares.repeat_interleave(self.page_size), shifts, flags])
+        self._head_tables = with_flags(tables)
 
     def __deepcopy__(self, memo) -> SequenceCodec:
         return self  # immutable
@@ -89,8 +89,7 @@ class SequenceCodec:
         digest = hashlib.sha256(repr((self.page_size, self.base)).encode())
         for part in self.parts:
             counts = torch.tensor([*part.inputs, part.share])
-            tables = [counts, part.bias, part.predictor, part.synthesis, part.sizes, part.refined]
-            for table in tables:
+            for table in (counts, part.bias, part.predictor, part.synthesis, part.sizes, part.refined):
                 digest.update(table.contiguous().numpy().tobytes())
         for table in (self.along, self.tables.frequencies, self.offsets):
             digest.update(table.contiguous().numpy().tobytes())
@@ -132,30 +131,33 @@ class SequenceCodec:
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
-    def write(self, levels: torch.Tensor, coarse: Sequence[torch.Tensor], fine: Sequence[torch.Tensor]) -> list[bytes]:
-        """Stored pages.
+    def write(self, levels: torch.Tensor, loud: Sequence[torch.Tensor], silent: torch.Tensor, fine) -> list[bytes]:
+        """Stored pages of levels `[N, parts, P]` and symbols, int32.
 
         Args:
-            levels: `[N, parts, P]` int64.
-            coarse, fine: Symbols of each part, `[N, P * W]` and `[n, W]` int32, tokens in order.
+            loud, fine: Of each part's loud components `[N, P * c]`, and of its refinements `[n, W]`, tokens in order.
+            silent: Of all parts' quiet components, `[N, d, P]`.
         """
-        classes = [coder.coarse.classes[0] for coder in self.coders]
-        shifts = torch.stack([best_shifts(*x, self._bits) for x in zip(coarse, classes, strict=True)], 1)
+        kinds = [coder.kinds[SHIFTS] for coder in self.coders]
+        shifts = torch.stack([best_shifts(*x, self._bits) for x in zip(loud, kinds, strict=True)], 1)
         counts = (levels > 0).sum(-1).T * self._widths[:, None]
         finer = [x.flatten().split(count) for x, count in zip(fine, counts.tolist(), strict=True)]
-        pages = []
+        active, pages = are_active(silent), []
         for n in range(len(levels)):
+            head, chosen = torch.cat([levels[n].flatten(), shifts[n], active[n]]), active[n].nonzero()[:, 0]
+            coefficients = torch.cat([*(x[n] for x in loud), silent[n, chosen].flatten()])
             streams = (
-                (torch.cat([levels[n].flatten(), shifts[n]]).to(torch.int32), self._head),
-                (torch.cat([x[n] for x in coarse]), self._coarse_classes(shifts[n].tolist())),
-                (torch.cat([x[n] for x in finer]), self._fine_classes(levels[n])),
+                (head.to(torch.int32), self._head, self._head_tables),
+                (coefficients, self._coarse_classes(shifts[n], chosen), self.tables),
+                (torch.cat([x[n] for x in finer]), self._fine_classes(levels[n]), self.tables),
             )
-            pages.append(self._seal([entropy.encode(*stream, self.tables) for stream in streams]))
+            pages.append(self._seal([entropy.encode(*stream) for stream in streams]))
         return pages
 
-    def _coarse_classes(self, shifts: list[int]) -> torch.Tensor:
-        """Classes of the second stream of a page whose parts have these shifts."""
-        return torch.cat([coder.kinds[shift + SHIFTS] for coder, shift in zip(self.coders, shifts, strict=True)])
+    def _coarse_classes(self, shifts: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        """Classes of the second stream of a page whose parts have these shifts, and which has these components."""
+        loud = [coder.kinds[shift + SHIFTS] for coder, shift in zip(self.coders, shifts.tolist(), strict=True)]
+        return torch.cat([*loud, self.quiet.classes(active, shifts)])
 
     def _fine_classes(self, levels: torch.Tensor) -> torch.Tensor:
         """Classes of the third stream of a page with levels `[parts, P]`."""
@@ -170,26 +172,30 @@ class SequenceCodec:
         body, blank = b"".join(streams), self._header([len(stream) for stream in streams])
         return blank + struct.pack("<I", zlib.crc32(body, zlib.crc32(blank))) + body
 
-    def _read(self, page: bytes) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Levels `[parts, P]` int64, coefficients' symbols of all parts `[M]`, refinements' of every part `[n, W]`."""
+    def _read(self, page: bytes) -> tuple[torch.Tensor, list[torch.Tensor], tuple, list[torch.Tensor]]:
+        """Levels `[parts, P]` int64; symbols of parts' loud components `[P * c]`; numbers of active ones `[m]` among
+        all parts' quiet ones, and their symbols `[m, P]`; those of parts' refinements `[n, W]`."""
         first, second, third = self._open(page)
-        levels, shifts = self._read_head(first)
-        coarse = entropy.decode(second, self._coarse_classes(shifts), self.tables)
+        levels, shifts, active = self._read_head(first)
+        found = entropy.decode(second, self._coarse_classes(shifts, active), self.tables)
+        *loud, silent = found.split([*self.sizes, len(active) * self.page_size])
         found = entropy.decode(third, self._fine_classes(levels), self.tables)
         counts = (levels > 0).sum(-1) * self._widths
         runs = zip(found.split(counts.tolist()), self._widths.tolist(), strict=True)
-        return levels, coarse, [run.view(-1, width) for run, width in runs]
+        return levels, loud, (active, silent.view(-1, self.page_size)), [run.view(-1, width) for run, width in runs]
 
-    def _read_head(self, stream: bytes) -> tuple[torch.Tensor, list[int]]:
-        """Levels `[parts, P]` int64 of a page and shifts of its parts."""
-        found = entropy.decode(stream, self._head, self.tables).long()
-        levels, shifts = found.split([len(self.parts) * self.page_size, len(self.parts)])
-        if levels.min() < 0 or levels.max() > LEVELS or shifts.abs().max() > SHIFTS:
+    def _read_head(self, stream: bytes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Levels `[parts, P]` int64 of a page, shifts of its parts, and its active components."""
+        found = entropy.decode(stream, self._head, self._head_tables).long()
+        parts = len(self.parts)
+        levels, shifts, flags = found.split([parts * self.page_size, parts, len(self.quiet.flags)])
+        bad = ((flags < 0) | (flags > 1)).any()
+        if bad or levels.min() < 0 or levels.max() > LEVELS or shifts.abs().max() > SHIFTS:
             raise FormatError(
-                f"a level is not one of 0 to {LEVELS}, or a shift beyond {SHIFTS}: the page is damaged; drop it and "
-                "prefill again"
+                f"a level is not one of 0 to {LEVELS}, a shift beyond {SHIFTS} or a flag neither 0 nor 1: the page is "
+                "damaged; drop it and prefill again"
             )
-        return levels.unflatten(0, (len(self.parts), -1)), shifts.tolist()
+        return levels.unflatten(0, (parts, -1)), shifts, flags.nonzero()[:, 0]
 
     def _open(self, page: bytes) -> list[bytes]:
         if len(page) < _HEADER.size:
@@ -198,7 +204,10 @@ class SequenceCodec:
         if magic != MAGIC:
             raise FormatError(f"not a sequence page: magic is {magic!r}, must be {MAGIC!r}")
         if version != VERSION:
-            raise FormatError(f"sequence page version {version}; this hf_seqkv reads version {VERSION}: upgrade it")
+            raise FormatError(
+                f"sequence page version {version}; this hf_seqkv reads version {VERSION}: use the hf_seqkv that wrote "
+                "it, or drop it and prefill again"
+            )
         body = page[_HEADER.size :]
         if len(body) != sum(sizes):
             raise FormatError(f"sequence page has {len(body)} bytes, its header promises {sum(sizes)}: truncated")
@@ -234,8 +243,8 @@ class SequenceEncoder:
         self._spans = self._spans or [_Encoding(self.codec, self._embedded, span) for span in spans(len(k))]
         return self.codec.layer(self._spans, k.shape[1], lambda span, out: span.add(k, v, positions, out))
 
-    def coded(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a part was coded to: levels `[N, P]`, coefficients' symbols `[N, P * W]`, refinements' `[n, W]`."""
+    def coded(self, index: int) -> tuple[torch.Tensor, ...]:
+        """What a part was coded to: levels `[N, P]`, and symbols as `PartCoder.encode` has them."""
         return tuple(map(torch.cat, zip(*(span.coded[index] for span in self._spans), strict=True)))
 
     def finish(self) -> list[bytes]:
@@ -260,7 +269,7 @@ class _Span:
 class _Encoding(_Span):
     def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, pages: slice):
         super().__init__(codec, embedded, pages)
-        self.coded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.coded: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, decoded: Sequence[torch.Tensor]) -> None:
         k, v = (x[self.pages].float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]
@@ -268,24 +277,24 @@ class _Encoding(_Span):
         for x, out in zip((k, v), decoded, strict=True):
             _, coder, predicted = self.part()
             levels = importance.levels(found, coder.part.importance)
-            coarse, fine = coder.encode(x.flatten(1), predicted, levels, out[self.rows])
+            coded = coder.encode(x.flatten(1), predicted, levels, out[self.rows])
             self.context.add(out[self.rows])
-            self.coded.append((levels.unflatten(0, (-1, self.codec.page_size)), coarse, fine))
+            self.coded.append((levels.unflatten(0, (-1, self.codec.page_size)), *coded))
 
     def finish(self) -> list[bytes]:
-        levels, coarse, fine = zip(*self.coded, strict=True)
-        return self.codec.write(torch.stack(levels, 1), coarse, fine)
+        levels, loud, silent, fine = zip(*self.coded, strict=True)
+        return self.codec.write(torch.stack(levels, 1), loud, torch.cat(silent, 1), fine)
 
 
 class _Decoding(_Span):
     def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, pages: slice, read: Sequence):
         super().__init__(codec, embedded, pages)
-        levels, coarse, self._fine = zip(*read, strict=True)
-        self._levels, self._coarse = torch.stack(levels, 1).flatten(1), [x.split(codec.sizes) for x in coarse]
+        levels, self._loud, active, self._fine = zip(*read, strict=True)
+        self._levels, self._active = torch.stack(levels, 1).flatten(1), codec.quiet.by_part(active)
 
     def next(self, decoded: Sequence[torch.Tensor]) -> None:
         for out in decoded:
             index, coder, predicted = self.part()
-            coarse, fine = torch.stack([x[index] for x in self._coarse]), torch.cat([x[index] for x in self._fine])
-            coder.decode(coarse, fine, self._levels[index], predicted, out[self.rows])
+            loud, fine = torch.stack([x[index] for x in self._loud]), torch.cat([x[index] for x in self._fine])
+            coder.decode(loud, self._active[index], fine, self._levels[index], predicted, out[self.rows])
             self.context.add(out[self.rows])

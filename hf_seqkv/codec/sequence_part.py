@@ -13,6 +13,7 @@ import torch
 
 from .deadzone import DeadZone, code_lengths
 from .importance import LEVELS
+from .sequence_quiet import add_active, add_rows, are_active, flag_kinds, loud_count
 
 LADDER = (-6, 0, 6)  # quarter octaves; steps at which sizes were measured
 SIZES = 72  # classes of expected size: quarter octaves from 2**-6 to 2**12 steps
@@ -152,49 +153,81 @@ class Context:
 
 
 class PartCoder:
-    """A part at a step; arguments as `SequenceCodec` has them, `bits` of its tables."""
+    """A part at a step; arguments as `SequenceCodec` has them, `bits` of its tables.
+
+    Attributes:
+        loud: How many components come before the quiet ones (`sequence_quiet.py`).
+        flags: Kinds of the flags of these, `[d]`.
+        kinds: Classes of the others' symbols at every shift, `[S, P * loud]`.
+        quiet_kinds: Of the quiet ones' symbols, if active, `[S, d, P]`.
+    """
 
     def __init__(self, part: Part, along: torch.Tensor, step: int, base: float, bits, offsets):
-        self.part, self.along = part, along
-        scale = base * 2.0 ** (step / 4)
-        main = classes_at(part.sizes, step).flatten()[None]
+        self.part, self.along, self._tables = part, along, (bits, offsets)
+        self._scale = base * 2.0 ** (step / 4)
+        self._classes = classes_at(part.sizes, step).to(torch.uint8)
+        flags = flag_kinds(self._classes, bits)
+        self.loud = loud_count(flags)
+        self.flags = flags[self.loud :]
+        size, count = len(along), len(self.flags)
+        self._main = self._zone(self._classes[:, : self.loud])
+        by_component = torch.arange(size * count).view(size, count).T.reshape(1, -1)
+        self._quiet = self._zone(self._classes[:, self.loud :], by_component)
+        self.kinds = shifted(self._main.classes[0])
+        self.quiet_kinds = shifted(self._quiet.classes[0]).unflatten(1, (count, size))
         levels = torch.arange(1, LEVELS + 1)
         finer = torch.stack([classes_at(x, step, v) for v, x in enumerate(part.refined.unbind(1), 1)])
-        self.coarse = DeadZone(main.to(torch.uint8), torch.tensor([scale]), bits, offsets)
-        self.kinds = shifted(self.coarse.classes[0])
-        steps = scale * 2.0 ** -levels.double()
-        self.fine = DeadZone((finer + REFINED).to(torch.uint8), steps, bits, offsets)
+        self.fine = DeadZone((finer + REFINED).to(torch.uint8), self._scale * 2.0 ** -levels.double(), bits, offsets)
+
+    def _zone(self, classes: torch.Tensor, order: torch.Tensor | None = None) -> DeadZone:
+        return DeadZone(classes.flatten()[None], torch.tensor([self._scale]), *self._tables, order)
+
+    @functools.cached_property
+    def coarse(self) -> DeadZone:
+        """The quantiser of all coefficients alike, as fitting has it."""
+        return self._zone(self._classes)
 
     def encode(self, x: torch.Tensor, predicted: torch.Tensor, levels: torch.Tensor, out: torch.Tensor):
         """Code keys or values `[N * P, W]` of tokens with levels `[N * P]`; as decoded they go into `out`.
 
         Returns:
-            Coefficients' symbols `[N, P * W]`, refinements' `[n, W]`.
+            Symbols of coefficients `[N, P * loud]`, of quiet ones `[N, d, P]`, and of refinements `[n, W]`.
         """
         z = (x - predicted) @ self.part.analysis
-        pages = self._across(self.along, z)
-        symbols, rebuilt = self.coarse.quantise(pages.flatten(1), _first(len(pages)))
-        found, refined = self.tokens(rebuilt), levels.nonzero()[:, 0]
-        errors = z.index_select(0, refined) - found.index_select(0, refined)
-        finer, refinements = self.fine.quantise(errors, levels[refined] - 1)
-        torch.addmm(predicted, found.index_add_(0, refined, refinements), self.part.synthesis, out=out)
-        return symbols, finer
+        first = torch.zeros(len(z) // len(self.along), dtype=torch.int64)
+        pages = z.unflatten(0, (len(first), -1)).split([self.loud, len(self.flags)], 2)
+        loud, found = self._main.quantise(self._across(self.along, pages[0]), first)
+        silent, beside = self._quiet.quantise(self._across(self.along, pages[1]), first)
+        silent, found, refined = silent.unflatten(1, (-1, len(self.along))), self.tokens(found), levels.nonzero()[:, 0]
+        near = torch.cat([x.index_select(0, refined) for x in (found, self.tokens(beside))], 1)
+        finer, refinements = self.fine.quantise(z.index_select(0, refined) - near, levels[refined] - 1)
+        chosen = are_active(silent)
+        self._build(found, (*chosen.nonzero().unbind(1), silent[chosen]), refined, refinements, predicted, out)
+        return loud, silent, finer
 
-    def decode(self, symbols: torch.Tensor, finer: torch.Tensor, levels, predicted, out: torch.Tensor) -> None:
-        """Inverse of `encode`: its symbols, of tokens with those levels, to keys or values `[N * P, W]` in `out`."""
-        found, refined = self.tokens(self.coarse.dequantise(symbols, _first(len(symbols)))), levels.nonzero()[:, 0]
+    def decode(self, symbols: torch.Tensor, active, finer: torch.Tensor, levels, predicted, out: torch.Tensor) -> None:
+        """Inverse of `encode`: its symbols, of tokens with those levels, to keys or values `[N * P, W]` in `out`.
+
+        Args:
+            active: Of the quiet ones those that are not silent; see `sequence_quiet.add_active`.
+        """
+        first = torch.zeros(len(symbols), dtype=torch.int64)
+        found, refined = self.tokens(self._main.dequantise(symbols, first)), levels.nonzero()[:, 0]
         refinements = self.fine.dequantise(finer, levels[refined] - 1)
-        torch.addmm(predicted, found.index_add_(0, refined, refinements), self.part.synthesis, out=out)
+        self._build(found, active, refined, refinements, predicted, out)
+
+    def _build(self, found, active, refined, refinements, predicted, out) -> None:
+        """Keys or values of loud components `[N * P, loud]`, active ones and refinements of tokens `refined`."""
+        synthesis, loud = self.part.synthesis, self.loud
+        torch.addmm(predicted, found.index_add_(0, refined, refinements[:, :loud]), synthesis[:loud], out=out)
+        add_active(active, self._quiet, self.along, synthesis, loud, out)
+        add_rows(refined, refinements, loud, synthesis, out)
 
     def tokens(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Coefficients `[N, P * W]` to what they stand for, `[N * P, W]`."""
-        return self._across(self.along.T, coefficients).flatten(0, 1)
+        """Coefficients `[N, P * c]` to what they stand for, `[N * P, c]`."""
+        shape = len(coefficients), len(self.along), coefficients.shape[1] // len(self.along)
+        return self._across(self.along.T, coefficients.view(shape)).view(shape[0] * shape[1], shape[2])
 
-    def _across(self, matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """A product with each page's tokens, `[N, P, W]`; `@` would go through the transposes of all pages."""
-        pages = x.view(-1, *self.part.sizes.shape[1:])
-        return torch.bmm(matrix.expand(len(pages), *matrix.shape), pages)
-
-
-def _first(rows: int) -> torch.Tensor:
-    return torch.zeros(rows, dtype=torch.int64)
+    def _across(self, matrix: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """A product with each page's tokens `[N, P, c]`, `[N, P * c]`; `@` would go through the transposes of all."""
+        return torch.bmm(matrix.expand(len(pages), *matrix.shape), pages).flatten(1)

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from ..calibration.artifact import SIDES, SeqKVCalibration
 from ..codec.sequence import SequenceEncoder
-from ..codec.sequence_part import LEVEL_CLASSES, SHIFTS, best_shifts
+from ..codec.sequence_part import CLASSES, LEVEL_CLASSES, SHIFTS, best_shifts
+from ..codec.sequence_quiet import are_active, with_flags
 from ..codec.symbol_tables import LIMIT
 from ..errors import ConfigError, SeqKVError
 from ..integration.tap import embed, run_window
@@ -101,14 +102,16 @@ def _encode(codec, sides, embedded, positions) -> tuple[SequenceEncoder, list]:
 
 def _parts(encoder: SequenceEncoder, sides, decoded) -> list[dict]:
     """Code length and bound of each part; shifts, one symbol a page, are left out."""
-    bits = encoder.codec.tables.bits()
+    bits = with_flags(encoder.codec.tables).bits()
     found = []
     for index, coder in enumerate(encoder.codec.coders):
         layer, side = divmod(index, 2)
         x, y = sides[layer][side].float(), decoded[layer][side]
-        levels, coarse, fine = encoder.coded(index)
-        shifts = best_shifts(coarse, coder.coarse.classes[0], bits)
-        spent = _length(bits, coder.kinds[shifts + SHIFTS], coarse)
+        levels, loud, silent, fine = encoder.coded(index)
+        shifts, active = best_shifts(loud, coder.kinds[SHIFTS], bits) + SHIFTS, are_active(silent)
+        spent = _length(bits, coder.kinds[shifts], loud)
+        spent += _length(bits, coder.quiet_kinds[shifts][active], silent[active])
+        spent += _length(bits, coder.flags + CLASSES, active)
         spent += _length(bits, coder.fine.classes[levels[levels > 0] - 1], fine)
         kinds = torch.full_like(levels, LEVEL_CLASSES + coder.part.share)
         spent += _length(bits, kinds, levels)

@@ -262,7 +262,8 @@ class PagedTokens:
         table = self.cache.table(self.index)
         center = None
         if self.mean is not None and table is not None and table.relative is not None:
-            center = Center(self.mean, table.starts[:, self.dropped :], table.relative, table.interleaved)
+            starts = table.starts[:, self.dropped :] if self.dropped else table.starts
+            center = Center(self.mean, starts, table.relative, table.interleaved)
         sinks = [0 if self.counts[row] and not self.dropped else self.config.n_sink for row in rows]
         return LayerView(
             codec=self.codec,
