@@ -199,9 +199,11 @@ class PartCoder:
         loud, found = self._main.quantise(self._across(self.along, pages[0]), first)
         silent, beside = self._quiet.quantise(self._across(self.along, pages[1]), first)
         silent, found, refined = silent.unflatten(1, (-1, len(self.along))), self.tokens(found), levels.nonzero()[:, 0]
-        near = torch.cat([x.index_select(0, refined) for x in (found, self.tokens(beside))], 1)
+        chosen, others = are_active(silent), torch.zeros(pages[1].shape)
+        values = beside.view(others.shape).transpose(1, 2)[chosen]
+        others.transpose(1, 2)[chosen] = values @ self.along
+        near = torch.cat([x.index_select(0, refined) for x in (found, others.flatten(0, 1))], 1)
         finer, refinements = self.fine.quantise(z.index_select(0, refined) - near, levels[refined] - 1)
-        chosen = are_active(silent)
         self._build(found, (*chosen.nonzero().unbind(1), silent[chosen]), refined, refinements, predicted, out)
         return loud, silent, finer
 
