@@ -1,8 +1,8 @@
 """Quiet components of the sequence codec: the last of a part, all of whose coefficients are zero in most pages.
 
-Components are in order of size, so that from some place on a page has none but zeros in most of them. There a page says
-of each by a flag whether it is *active*; only of those that are it has symbols, which go after those of all the others,
-and what they stand for is added one by one, where the others take a product of matrices.
+A part's components are in order of size. From some place on a page says by a flag of each whether it is *active*, has
+coefficients other than zero. Only then it has symbols, behind those of the loud components; what they stand for is
+added one by one, where the loud ones take a product of matrices.
 
 Everything here that decides what is read is made of integers.
 """
@@ -18,11 +18,11 @@ from numba import njit
 
 from .symbol_tables import ESCAPE, LIMIT, TOTAL, SymbolTables
 
-# Kinds of flags: octaves of how many coefficients of a page are expected to be none of zero, from 1/64 to 4.
+# Kinds of flags: octaves of how many coefficients of a component are expected not to be zero, from 1/64 to 4.
 _EDGES = torch.tensor([TOTAL * 2**i // 64 for i in range(9)])
 _ACTIVE = (30, 120, 1080, 1300, 1750, 2100, 2600, 3200, 3700, 4000)  # of 4096 of a kind, as measured: they cluster
 KINDS = len(_ACTIVE)
-COST = 3  # of an active component, one by one, in those of a matrix product
+COST = 3  # of adding an active component, in what one more takes in the product of matrices
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
