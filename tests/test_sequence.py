@@ -22,6 +22,7 @@ from sequence_cases import (
 )
 
 from hf_seqkv.codec.importance import LEVELS, features
+from hf_seqkv.codec.sequence import SequenceCodec
 from hf_seqkv.codec.sequence_part import (
     CLASSES,
     LADDER,
@@ -158,6 +159,19 @@ def test_the_same_bytes_every_time():
 
 
 # Rate.
+
+
+def test_rounding_that_minds_the_rate():
+    """Errs more and takes less; whoever decodes need not know."""
+    embedded, layers = make_pages()
+    minding = make_codec(predict=False, step=12)
+    nearest = SequenceCodec(minding.parts, minding.along, minding.tables, minding.offsets, BASE, 12, rounding=False)
+    found = [encode(codec, embedded, layers)[:2] for codec in (minding, nearest)]
+    (few, rough), (more, fine) = [(sum(map(len, pages)), flat(held)) for pages, held in found]
+    assert few < 0.99 * more
+    assert (rough - flat(layers)).square().mean() > (fine - flat(layers)).square().mean()
+    assert torch.equal(flat(decode(minding, found[1][0], embedded)), fine)
+    assert not nearest.at(3).rounding
 
 
 @both

@@ -94,7 +94,8 @@ def test_presets_stay_below_their_divergence():
 
 def test_ablation(monkeypatch):
     monkeypatch.setattr(ablation, "WINDOW", 264)
-    variants = {name: ablation.VARIANTS[name] for name in ("everything", "no prediction", "no reconstruction points")}
+    names = "everything", ablation.TURNED, "no prediction", "rounding to the nearest"
+    variants = {name: ablation.VARIANTS[name] for name in names}
     monkeypatch.setattr(ablation, "VARIANTS", variants)
     plan = quality.Plan(windows=1, window=300, prefill=100)
     found = ablation.measure(tiny("llama"), Words(), [TEXT], {"other": OTHER}, 1056, 0, plan)
@@ -103,5 +104,8 @@ def test_ablation(monkeypatch):
         fine, coarse = one["rows"].values()
         assert fine["bits_per_value"] > coarse["bits_per_value"]
     assert all(name in ablation.table(found) for name in variants)
+    rates = {name: [row["bits_per_value"] for row in one["rows"].values()] for name, one in found.items()}
+    assert len(set(map(tuple, rates.values()))) == len(variants)
+    assert all(a > b for a, b in zip(rates["rounding to the nearest"], rates["everything"], strict=True))
     with pytest.raises(ConfigError, match="was fitted on"):
         ablation.measure(tiny("llama"), Words(), [TEXT], {"same": TEXT}, 1056, 0, plan)

@@ -134,7 +134,7 @@ class SeqKVCalibration:
             fields |= {"share": int(fields["share"]), "inputs": tuple(fields["inputs"].tolist())}
             parts.append(Part(**fields))
         shared = (tensor("along"), SymbolTables(tensor("tables")), tensor("offsets"))
-        return SequenceCodec(parts, *shared, made[profile]["base"], step)
+        return SequenceCodec(parts, *shared, made[profile]["base"], step, made[profile].get("rounding", True))
 
     def add_exact(self, sample: Sample, rows: Sequence[torch.Tensor], progress: bool = True) -> None:
         """Fit the tables of the exact codec to these hot pages; arguments as `sampled_pages` has them."""

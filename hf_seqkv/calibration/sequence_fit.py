@@ -61,6 +61,7 @@ class Ingredients:
         tokens: A DCT goes along a page's tokens.
         importance: Tokens on which much depends are refined.
         points: Symbols are rebuilt as what they stand for on average; without, as their multiple of the step.
+        rounding: Rounding minds the rate; without, it is to the nearest.
     """
 
     prediction: bool = True
@@ -70,6 +71,7 @@ class Ingredients:
     tokens: bool = True
     importance: bool = True
     points: bool = True
+    rounding: bool = True
 
 
 PROFILES = {"full": Ingredients(), "light": Ingredients(prediction=False)}
@@ -201,7 +203,7 @@ def fit_sequence(
                 parts[index] = _fit_transform(parts[index], residual, factor, groups, weights, found)
             chosen = levels(found, parts[index].importance)
             measured[index, step], z, found_z = _measure(
-                parts[index], along, residual, chosen, step, base, (bits, offsets), tally
+                parts[index], along, residual, chosen, step, base, (bits, offsets, using.rounding), tally
             )
             forecast[str(step)] += ((z - found_z).square().sum() / len(z) / 2).item()
             decoded = found_z @ parts[index].synthesis + predicted
@@ -216,7 +218,7 @@ def fit_sequence(
         sizes, refined = (torch.stack([measured[index, step][i] for step in LADDER]) for i in range(2))
         done.append(replace(part, sizes=sizes, refined=refined))
     report = {"left": {"key": left[::2], "value": left[1::2]}, "forecast": forecast}
-    return SequenceCodec(done, along, tally.tables(), tally.offsets() * using.points, base, 0), report
+    return SequenceCodec(done, along, tally.tables(), tally.offsets() * using.points, base, 0, using.rounding), report
 
 
 def _factor(sensitivity: Sensitivity, side: int, using: Ingredients) -> torch.Tensor:

@@ -32,10 +32,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ..errors import FormatError
-from . import entropy, importance
+from . import entropy
 from .importance import LEVELS
-from .sequence_part import CLASSES, LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Context, Part, PartCoder, best_shifts
+from .sequence_part import CLASSES, LEVEL_CLASSES, SHIFT_CLASS, SHIFTS, Part, PartCoder, best_shifts
 from .sequence_quiet import QuietComponents, are_active, with_flags
+from .sequence_span import Decoding, Encoding, Span
 from .symbol_tables import SymbolTables
 from .threads import on_threads, spans
 
@@ -53,14 +54,25 @@ class SequenceCodec:
         offsets: Reconstruction points, `[CLASSES, 3]`; see `deadzone.py`.
         base: Step 0, in units of the coefficients.
         step: Quarter octaves from it.
+        rounding: Whether rounding minds the rate, of what is encoded.
 
     Layers may differ in heads and head dims.
     """
 
-    def __init__(self, parts: Sequence[Part], along, tables: SymbolTables, offsets, base: float, step: int):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        along: torch.Tensor,
+        tables: SymbolTables,
+        offsets: torch.Tensor,
+        base: float,
+        step: int,
+        rounding: bool = True,
+    ):
         self.parts, self.along, self.tables, self.offsets = list(parts), along, tables, offsets
-        self.base, self.step, self.page_size, self._bits = base, step, len(along), tables.bits()
-        self.coders = [PartCoder(part, along, step, base, self._bits, offsets) for part in parts]
+        self.base, self.step, self.page_size, self.rounding = base, step, len(along), rounding
+        self._bits = tables.bits()
+        self.coders = [PartCoder(part, along, step, base, self._bits, offsets, rounding) for part in parts]
         self.quiet = QuietComponents(*zip(*((x.flags, x.quiet_kinds) for x in self.coders), strict=True))
         self.sizes = [coder.kinds.shape[1] for coder in self.coders]  # coefficients of loud components
         self._widths = torch.tensor([part.bias.numel() for part in parts])
@@ -81,7 +93,7 @@ class SequenceCodec:
 
     def at(self, step: int) -> SequenceCodec:
         """The same codec at another step."""
-        return SequenceCodec(self.parts, self.along, self.tables, self.offsets, self.base, step)
+        return SequenceCodec(self.parts, self.along, self.tables, self.offsets, self.base, step, self.rounding)
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
@@ -113,12 +125,12 @@ class SequenceCodec:
         """
         # All that is stored is read first: damage is found before anything is handed out.
         read = on_threads(self._read, pages)
-        decoding = [_Decoding(self, embedded, span, read[span]) for span in spans(len(pages))]
+        decoding = [Decoding(self, embedded, span, read[span]) for span in spans(len(pages))]
         del read
         for count in heads:
-            yield self.layer(decoding, count, _Decoding.next)
+            yield self.layer(decoding, count, Decoding.next)
 
-    def layer(self, coding: Sequence[_Span], heads: int, step: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, coding: Sequence[Span], heads: int, step: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[N, H, P, D]` fp32 of the next layer, once `step` has written each span's rows of them.
 
         Args:
@@ -228,7 +240,7 @@ class SequenceEncoder:
 
     def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None):
         self.codec, self._embedded = codec, embedded
-        self._spans: list[_Encoding] = []
+        self._spans: list[Encoding] = []
 
     def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Code the next layer.
@@ -240,7 +252,7 @@ class SequenceEncoder:
         Returns:
             Both as decoded, fp32; later layers are predicted from them, so they must stay as they are.
         """
-        self._spans = self._spans or [_Encoding(self.codec, self._embedded, span) for span in spans(len(k))]
+        self._spans = self._spans or [Encoding(self.codec, self._embedded, span) for span in spans(len(k))]
         return self.codec.layer(self._spans, k.shape[1], lambda span, out: span.add(k, v, positions, out))
 
     def coded(self, index: int) -> tuple[torch.Tensor, ...]:
@@ -249,52 +261,4 @@ class SequenceEncoder:
 
     def finish(self) -> list[bytes]:
         """The stored pages, once all layers were added."""
-        return [page for pages in on_threads(_Encoding.finish, self._spans) for page in pages]
-
-
-class _Span:
-    """Pages that one thread codes, layer by layer; what they decode to goes into their rows of all pages'."""
-
-    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, pages: slice):
-        self.codec, self.pages, self.parts = codec, pages, 0
-        self.rows = slice(pages.start * codec.page_size, pages.stop * codec.page_size)
-        self.context = Context(None if embedded is None else embedded[pages])
-
-    def part(self) -> tuple[int, PartCoder, torch.Tensor]:
-        """Number and coder of the next part, and its prediction."""
-        coder, self.parts = self.codec.coders[self.parts], self.parts + 1
-        return self.parts - 1, coder, self.context.predict(coder.part)
-
-
-class _Encoding(_Span):
-    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, pages: slice):
-        super().__init__(codec, embedded, pages)
-        self.coded: list[tuple[torch.Tensor, ...]] = []
-
-    def add(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, decoded: Sequence[torch.Tensor]) -> None:
-        k, v = (x[self.pages].float().cpu().transpose(1, 2).flatten(0, 1) for x in (k, v))  # [N * P, H, D]
-        found = importance.features(k, v, positions[self.pages].flatten())
-        for x, out in zip((k, v), decoded, strict=True):
-            _, coder, predicted = self.part()
-            levels = importance.levels(found, coder.part.importance)
-            coded = coder.encode(x.flatten(1), predicted, levels, out[self.rows])
-            self.context.add(out[self.rows])
-            self.coded.append((levels.unflatten(0, (-1, self.codec.page_size)), *coded))
-
-    def finish(self) -> list[bytes]:
-        levels, loud, silent, fine = zip(*self.coded, strict=True)
-        return self.codec.write(torch.stack(levels, 1), loud, torch.cat(silent, 1), fine)
-
-
-class _Decoding(_Span):
-    def __init__(self, codec: SequenceCodec, embedded: torch.Tensor | None, pages: slice, read: Sequence):
-        super().__init__(codec, embedded, pages)
-        levels, self._loud, active, self._fine = zip(*read, strict=True)
-        self._levels, self._active = torch.stack(levels, 1).flatten(1), codec.quiet.by_part(active)
-
-    def next(self, decoded: Sequence[torch.Tensor]) -> None:
-        for out in decoded:
-            index, coder, predicted = self.part()
-            loud, fine = torch.stack([x[index] for x in self._loud]), torch.cat([x[index] for x in self._fine])
-            coder.decode(loud, self._active[index], fine, self._levels[index], predicted, out[self.rows])
-            self.context.add(out[self.rows])
+        return [page for pages in on_threads(Encoding.finish, self._spans) for page in pages]

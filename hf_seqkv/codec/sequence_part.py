@@ -162,8 +162,8 @@ class PartCoder:
         quiet_kinds: Of the quiet ones' symbols, if active, `[S, d, P]`.
     """
 
-    def __init__(self, part: Part, along: torch.Tensor, step: int, base: float, bits, offsets):
-        self.part, self.along, self._tables = part, along, (bits, offsets)
+    def __init__(self, part: Part, along: torch.Tensor, step: int, base: float, bits, offsets, rounding: bool = True):
+        self.part, self.along, self._tables = part, along, (bits * rounding, offsets)
         self._scale = base * 2.0 ** (step / 4)
         self._classes = classes_at(part.sizes, step).to(torch.uint8)
         flags = flag_kinds(self._classes, bits)
@@ -177,7 +177,8 @@ class PartCoder:
         self.quiet_kinds = shifted(self._quiet.classes[0]).unflatten(1, (count, size))
         levels = torch.arange(1, LEVELS + 1)
         finer = torch.stack([classes_at(x, step, v) for v, x in enumerate(part.refined.unbind(1), 1)])
-        self.fine = DeadZone((finer + REFINED).to(torch.uint8), self._scale * 2.0 ** -levels.double(), bits, offsets)
+        steps = self._scale * 2.0 ** -levels.double()
+        self.fine = DeadZone((finer + REFINED).to(torch.uint8), steps, *self._tables)
 
     def _zone(self, classes: torch.Tensor, order: torch.Tensor | None = None) -> DeadZone:
         return DeadZone(classes.flatten()[None], torch.tensor([self._scale]), *self._tables, order)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from ..calibration.sequence_fit import Ingredients
 from ..integration.collect import fit
 from ..integration.gather import gather, token_windows
+from ..integration.sequence_pages import SequencePages
 from . import quality
 
+TURNED = "keys after RoPE"
 VARIANTS = {
     "everything": Ingredients(),
+    TURNED: Ingredients(),
     "no prediction": Ingredients(prediction=False),
     "prediction from all inputs": Ingredients(chosen=False),
     "squared error for a metric": Ingredients(metric=False),
@@ -18,10 +23,18 @@ VARIANTS = {
     "no transform along tokens": Ingredients(tokens=False),
     "no refined tokens": Ingredients(importance=False),
     "no reconstruction points": Ingredients(points=False),
+    "rounding to the nearest": Ingredients(rounding=False),
 }
 WINDOW = 2048  # tokens fitted to at once
 STEPS = (-6, 0)  # quarter octaves; the rate at a divergence lies on the line through both, in the logarithm
 TARGET = 0.0044  # nats a token
+
+
+class TurnedPages(SequencePages):
+    """Pages whose keys are coded as the cache has them."""
+
+    def angles(self, index: int, rows: list[int], slot: int, count: int) -> torch.Tensor:
+        return super().angles(index, rows, slot, count)[..., :0]
 
 
 def measure(model, tokenizer, fitted: list[str], judged: dict[str, str], tokens: int, seed: int, plan: quality.Plan):
@@ -38,11 +51,13 @@ def measure(model, tokenizer, fitted: list[str], judged: dict[str, str], tokens:
         ConfigError: Texts too short, or the same.
     """
     windows = token_windows(tokenizer, fitted, tokens, WINDOW, seed)
-    gathered = gather(model, windows, (4, 4), True, seed, True)
+    kinds = {name != TURNED for name in VARIANTS}
+    gathered = {plain: gather(model, windows, (4, 4), True, seed, True, plain) for plain in kinds}
     methods = {}
     for name, using in VARIANTS.items():
-        made = fit(model, gathered, (4, 4), {"full": using}, 0.0, True)
-        methods |= {f"{name}, step {step}": quality.sequence(made, "full", step) for step in STEPS}
+        made = fit(model, gathered[name != TURNED], (4, 4), {"full": using}, 0.0, True)
+        pages = TurnedPages if name == TURNED else SequencePages
+        methods |= {f"{name}, step {step}": quality.sequence(made, "full", step, pages=pages) for step in STEPS}
     found = quality.measure(model, tokenizer, judged, methods, plan)["all"]
     result = {}
     for name in VARIANTS:

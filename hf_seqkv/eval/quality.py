@@ -102,8 +102,8 @@ def seqkv(**options) -> Method:
     return Method(make, options.get("calibration"))
 
 
-def sequence(calibration: SeqKVCalibration, profile: str = "full", step: int | str = 0) -> Method:
-    """A calibration's sequence codec, its decoded tokens in dense pages.
+def sequence(calibration: SeqKVCalibration, profile: str = "full", step: int | str = 0, **options) -> Method:
+    """A calibration's sequence codec, its decoded tokens in dense pages; `options` of `SequenceCache`.
 
     Raises:
         ConfigError: The calibration has no such codec.
@@ -111,7 +111,7 @@ def sequence(calibration: SeqKVCalibration, profile: str = "full", step: int | s
     calibration.sequence_codec(profile, step)
 
     def make(config, kept):
-        cache = SequenceCache(config, calibration, profile, step, **kept)
+        cache = SequenceCache(config, calibration, profile, step, **options, **kept)
         return cache, cache.stored_bits_per_value
 
     return Method(make, calibration)

@@ -8,6 +8,7 @@ pages, bounded by the tokens asked for, is kept in memory and never written anyw
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
@@ -119,7 +120,13 @@ def _centred(tap: Tap, page: int) -> torch.Tensor:
 
 
 def gather(
-    model, windows: torch.Tensor, bits: tuple[float, float], gradients: bool, seed: int, progress: bool
+    model,
+    windows: torch.Tensor,
+    bits: tuple[float, float],
+    gradients: bool,
+    seed: int,
+    progress: bool,
+    plain: bool = True,
 ) -> Gathered:
     """Run windows of token ids `[N, T]`.
 
@@ -127,6 +134,7 @@ def gather(
         bits: Of keys and of values in hot pages.
         gradients: Whether to take what the sequence codec and held tokens need.
         seed: Of the labels that losses are taken of.
+        plain: Whether keys are turned back to what they were before RoPE.
 
     Raises:
         ConfigError: Windows too short for gradients.
@@ -158,6 +166,8 @@ def gather(
     generator = torch.Generator().manual_seed(seed) if gradients else None
     for ids in tqdm(windows, desc="calibrate: run", unit="window", disable=not progress):
         taps = run_window(model, ids, coded, first, generator)
+        if not plain:
+            taps = [replace(tap, rows=tap.rows[:, :0]) for tap in taps]
         gathered.add(taps, first)
         if gradients:
             gathered.keep(taps, embed(model, ids))

@@ -22,6 +22,7 @@ class SequenceCache(SeqKVCache):
         config: The model's config.
         calibration: With a sequence codec.
         profile, step: See `SeqKVCalibration.sequence_codec`.
+        pages: The coder of pages, a `SequencePages`.
         **options: Fields of `SeqKVConfig`: what holds the decoded tokens, dense pages unless said otherwise.
 
     Raises:
@@ -30,12 +31,20 @@ class SequenceCache(SeqKVCache):
         CalibrationMismatchError: It was made for another model.
     """
 
-    def __init__(self, config, calibration: SeqKVCalibration, profile: str = "full", step: int | str = 0, **options):
+    def __init__(
+        self,
+        config,
+        calibration: SeqKVCalibration,
+        profile: str = "full",
+        step: int | str = 0,
+        pages: type[SequencePages] = SequencePages,
+        **options,
+    ):
         super().__init__(config, **{"method": "dense"} | options)
         calibration.check(model_facts(config.get_text_config(decoder=True)))
         self.tracks_positions = True
         self.sequence = kept(calibration, (profile, step), lambda: calibration.sequence_codec(profile, step))
-        self.coder = SequencePages(self, self.sequence)
+        self.coder = pages(self, self.sequence)
         self.stored: list[bytes] = []
         self._values = 0
 

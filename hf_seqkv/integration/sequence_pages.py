@@ -51,17 +51,21 @@ class SequencePages:
         group = (*rows, first)
         if index == 0:
             self._encoders[group] = self.codec.encoder(self._embedded(rows, place))
-        table = self.cache.table(index)
-        angles = torch.stack([table.tokens(row, slot, count * size) for row in rows])
-        angles = angles.unflatten(1, (count, size))[:, :, None]  # [rows, N, 1, P, 2 * half]
-        plain = rotate(k.float(), angles, table.interleaved, inverse=True)
+        angles = self.angles(index, rows, slot, count * size).unflatten(1, (count, size))[:, :, None]
+        interleaved = self.cache.table(index).interleaved
+        plain = rotate(k.float(), angles, interleaved, inverse=True)
         begins = torch.tensor([self.cache.layers[index].start[row] for row in rows])
         positions = (place - begins[:, None, None]).flatten(0, 1)
         keys, values = self._encoders[group].add(plain.flatten(0, 1), v.flatten(0, 1), positions)
         keys, values = (x.unflatten(0, k.shape[:2]).to(k.device) for x in (keys, values))
         if 2 * index + 2 == len(self.codec.parts):
             self._done.append((rows, first, self._encoders.pop(group).finish()))
-        return rotate(keys, angles, table.interleaved).to(k.dtype), values.to(v.dtype)
+        return rotate(keys, angles, interleaved).to(k.dtype), values.to(v.dtype)
+
+    def angles(self, index: int, rows: list[int], slot: int, count: int) -> torch.Tensor:
+        """By which the codec's keys of `count` tokens differ from a layer's, `[rows, count, 2 * half]`."""
+        table = self.cache.table(index)
+        return torch.stack([table.tokens(row, slot, count) for row in rows])
 
     def _embedded(self, rows: list[int], place: torch.Tensor) -> torch.Tensor | None:
         if not self.codec.predicts:
