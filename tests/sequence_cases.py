@@ -85,12 +85,12 @@ def decode(codec, pages, embedded):
 def read(codec, pages):
     """What pages hold of each part, as an encoder says it."""
     levels, loud, active, fine = zip(*map(codec._read, pages), strict=True)
-    silent = torch.zeros(len(pages), len(codec.quiet.flags), codec.page_size, dtype=torch.int32)
+    quiet = torch.zeros(len(pages), len(codec.quiet.flags), codec.page_size, dtype=torch.int32)
     for n, (numbers, symbols) in enumerate(active):
-        silent[n, numbers] = symbols
-    silent = silent.split([len(coder.flags) for coder in codec.coders], 1)
+        quiet[n, numbers] = symbols
+    quiet = quiet.split([len(coder.flags) for coder in codec.coders], 1)
     loud, fine = map(torch.stack, zip(*loud, strict=True)), map(torch.cat, zip(*fine, strict=True))
-    return list(zip(torch.stack(levels, 1), loud, silent, fine, strict=True))
+    return list(zip(torch.stack(levels, 1), loud, quiet, fine, strict=True))
 
 
 def flat(layers):

@@ -188,14 +188,14 @@ def test_bytes_are_what_tables_promise(predict):
     chosen = torch.stack([best_shifts(x[1], coder.kinds[SHIFTS], bits.float()) for x, coder in pairs], 1)
     for n, page in enumerate(pages):
         expected = price(torch.full((len(codec.parts),), SHIFT_CLASS), chosen[n])
-        for i, (coder, (levels, loud, silent, fine)) in enumerate(zip(codec.coders, coded, strict=True)):
+        for i, (coder, (levels, loud, quiet, fine)) in enumerate(zip(codec.coders, coded, strict=True)):
             refined, levels = (levels[:n] > 0).sum(), levels[n]
             rows = fine[refined : refined + (levels > 0).sum()]
             expected += price(torch.full_like(levels, LEVEL_CLASSES + coder.part.share), levels)
-            active = silent[n].any(-1)
+            active = quiet[n].any(-1)
             expected += price(coder.kinds[chosen[n, i] + SHIFTS], loud[n])
             expected += price(coder.flags + CLASSES, active)
-            expected += price(coder.quiet_kinds[chosen[n, i] + SHIFTS][active], silent[n, active])
+            expected += price(coder.quiet_kinds[chosen[n, i] + SHIFTS][active], quiet[n, active])
             expected += price(coder.fine.classes[levels[levels > 0] - 1], rows)
         streams = HEADER + 3 * (4 + 4)  # each with its count of words and one lane's state
         assert 8 * (len(page) - streams) == pytest.approx(expected, rel=0.02)

@@ -124,12 +124,12 @@ def golden_symbols(codec):
     loud = [
         (numbers(1, PAGE * coder.loud, salt=n, span=61) / 8).int() for n, coder in zip(sizes, codec.coders, strict=True)
     ]
-    silent = (numbers(1, len(codec.quiet.flags), PAGE, span=37) / 17).int()
-    silent[:, ::2] = 0
+    quiet = (numbers(1, len(codec.quiet.flags), PAGE, span=37) / 17).int()
+    quiet[:, ::2] = 0
     loud[1][0, :3] = torch.tensor([40, -5000, 2**30])
-    silent[0, 1, :2] = torch.tensor([-70, 3])
+    quiet[0, 1, :2] = torch.tensor([-70, 3])
     fine = [(numbers(int((levels[0, i] > 0).sum()), width, salt=i, span=41) / 5).int() for i, width in enumerate(sizes)]
-    return levels, loud, silent, fine
+    return levels, loud, quiet, fine
 
 
 def golden_embedded():
@@ -139,8 +139,8 @@ def golden_embedded():
 def test_golden_page_decodes():
     codec, data = golden_codec(), (GOLDEN / "sequence.page").read_bytes()
     assert [(coder.loud, len(coder.flags)) for coder in codec.coders] == [(4, 0), (5, 11), (5, 11), (4, 0)]
-    levels, loud, silent, fine = golden_symbols(codec)
-    expected = zip(levels.unbind(1), loud, silent.split([0, 11, 11, 0], 1), fine, strict=True)
+    levels, loud, quiet, fine = golden_symbols(codec)
+    expected = zip(levels.unbind(1), loud, quiet.split([0, 11, 11, 0], 1), fine, strict=True)
     for found, part in zip(read(codec, [data]), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, part, strict=True))
     decoded = flat(codec.decode([data], golden_embedded(), (1, 2))).double()

@@ -32,7 +32,7 @@ def test_silent_components_cost_flags_alone(predict):
 
 
 def test_flags_follow_from_what_tables_say_of_zero():
-    """Of a component's coefficients the numbers of 4,096 that are none of zero add up, in integers."""
+    """Of a component's coefficients the numbers of 4,096 that are not zero add up, in integers."""
     bits, classes = tables().bits(), torch.randint(SIZES, (PAGE, 50))
     other = TOTAL - tables().frequencies.int()[:, LIMIT]
     expected = other[classes].sum(0) / TOTAL  # coefficients a page

@@ -143,21 +143,21 @@ class SequenceCodec:
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
-    def write(self, levels: torch.Tensor, loud: Sequence[torch.Tensor], silent: torch.Tensor, fine) -> list[bytes]:
+    def write(self, levels: torch.Tensor, loud: Sequence[torch.Tensor], quiet: torch.Tensor, fine) -> list[bytes]:
         """Stored pages of levels `[N, parts, P]` and symbols, int32.
 
         Args:
             loud, fine: Of each part's loud components `[N, P * c]`, and of its refinements `[n, W]`, tokens in order.
-            silent: Of all parts' quiet components, `[N, d, P]`.
+            quiet: Of all parts' quiet components, `[N, d, P]`.
         """
         kinds = [coder.kinds[SHIFTS] for coder in self.coders]
         shifts = torch.stack([best_shifts(*x, self._bits) for x in zip(loud, kinds, strict=True)], 1)
         counts = (levels > 0).sum(-1).T * self._widths[:, None]
         finer = [x.flatten().split(count) for x, count in zip(fine, counts.tolist(), strict=True)]
-        active, pages = are_active(silent), []
+        active, pages = are_active(quiet), []
         for n in range(len(levels)):
             head, chosen = torch.cat([levels[n].flatten(), shifts[n], active[n]]), active[n].nonzero()[:, 0]
-            coefficients = torch.cat([*(x[n] for x in loud), silent[n, chosen].flatten()])
+            coefficients = torch.cat([*(x[n] for x in loud), quiet[n, chosen].flatten()])
             streams = (
                 (head.to(torch.int32), self._head, self._head_tables),
                 (coefficients, self._coarse_classes(shifts[n], chosen), self.tables),
@@ -190,11 +190,11 @@ class SequenceCodec:
         first, second, third = self._open(page)
         levels, shifts, active = self._read_head(first)
         found = entropy.decode(second, self._coarse_classes(shifts, active), self.tables)
-        *loud, silent = found.split([*self.sizes, len(active) * self.page_size])
+        *loud, others = found.split([*self.sizes, len(active) * self.page_size])
         found = entropy.decode(third, self._fine_classes(levels), self.tables)
         counts = (levels > 0).sum(-1) * self._widths
         runs = zip(found.split(counts.tolist()), self._widths.tolist(), strict=True)
-        return levels, loud, (active, silent.view(-1, self.page_size)), [run.view(-1, width) for run, width in runs]
+        return levels, loud, (active, others.view(-1, self.page_size)), [run.view(-1, width) for run, width in runs]
 
     def _read_head(self, stream: bytes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Levels `[parts, P]` int64 of a page, shifts of its parts, and its active components."""

@@ -198,21 +198,21 @@ class PartCoder:
         first = torch.zeros(len(z) // len(self.along), dtype=torch.int64)
         pages = z.unflatten(0, (len(first), -1)).split([self.loud, len(self.flags)], 2)
         loud, found = self._main.quantise(self._across(self.along, pages[0]), first)
-        silent, beside = self._quiet.quantise(self._across(self.along, pages[1]), first)
-        silent, found, refined = silent.unflatten(1, (-1, len(self.along))), self.tokens(found), levels.nonzero()[:, 0]
-        chosen, others = are_active(silent), torch.zeros(pages[1].shape)
+        quiet, beside = self._quiet.quantise(self._across(self.along, pages[1]), first)
+        quiet, found, refined = quiet.unflatten(1, (-1, len(self.along))), self.tokens(found), levels.nonzero()[:, 0]
+        chosen, others = are_active(quiet), torch.zeros(pages[1].shape)
         values = beside.view(others.shape).transpose(1, 2)[chosen]
         others.transpose(1, 2)[chosen] = values @ self.along
         near = torch.cat([x.index_select(0, refined) for x in (found, others.flatten(0, 1))], 1)
         finer, refinements = self.fine.quantise(z.index_select(0, refined) - near, levels[refined] - 1)
-        self._build(found, (*chosen.nonzero().unbind(1), silent[chosen]), refined, refinements, predicted, out)
-        return loud, silent, finer
+        self._build(found, (*chosen.nonzero().unbind(1), quiet[chosen]), refined, refinements, predicted, out)
+        return loud, quiet, finer
 
     def decode(self, symbols: torch.Tensor, active, finer: torch.Tensor, levels, predicted, out: torch.Tensor) -> None:
         """Inverse of `encode`: its symbols, of tokens with those levels, to keys or values `[N * P, W]` in `out`.
 
         Args:
-            active: Of the quiet ones those that are not silent; see `sequence_quiet.add_active`.
+            active: Those of the quiet ones that are active; see `sequence_quiet.add_active`.
         """
         first = torch.zeros(len(symbols), dtype=torch.int64)
         found, refined = self.tokens(self._main.dequantise(symbols, first)), levels.nonzero()[:, 0]

@@ -47,8 +47,8 @@ class Encoding(Span):
             self.coded.append((levels.unflatten(0, (-1, self.codec.page_size)), *coded))
 
     def finish(self) -> list[bytes]:
-        levels, loud, silent, fine = zip(*self.coded, strict=True)
-        return self.codec.write(torch.stack(levels, 1), loud, torch.cat(silent, 1), fine)
+        levels, loud, quiet, fine = zip(*self.coded, strict=True)
+        return self.codec.write(torch.stack(levels, 1), loud, torch.cat(quiet, 1), fine)
 
 
 class Decoding(Span):

@@ -107,10 +107,10 @@ def _parts(encoder: SequenceEncoder, sides, decoded) -> list[dict]:
     for index, coder in enumerate(encoder.codec.coders):
         layer, side = divmod(index, 2)
         x, y = sides[layer][side].float(), decoded[layer][side]
-        levels, loud, silent, fine = encoder.coded(index)
-        shifts, active = best_shifts(loud, coder.kinds[SHIFTS], bits) + SHIFTS, are_active(silent)
+        levels, loud, quiet, fine = encoder.coded(index)
+        shifts, active = best_shifts(loud, coder.kinds[SHIFTS], bits) + SHIFTS, are_active(quiet)
         spent = _length(bits, coder.kinds[shifts], loud)
-        spent += _length(bits, coder.quiet_kinds[shifts][active], silent[active])
+        spent += _length(bits, coder.quiet_kinds[shifts][active], quiet[active])
         spent += _length(bits, coder.flags + CLASSES, active)
         spent += _length(bits, coder.fine.classes[levels[levels > 0] - 1], fine)
         kinds = torch.full_like(levels, LEVEL_CLASSES + coder.part.share)
