@@ -57,7 +57,7 @@ def make_codec(predict=True, step=0, refine=1.0, seed=0, quiet=0.3):
         predictor = normal(sum(counts), width) / max(1, sum(counts)) ** 0.5
         ladder = [x.expand(len(LADDER), *x.shape).contiguous() for x in (codes, refined)]
         parts.append(Part(normal(width), counts, predictor, basis, *ladder, importance, share=4))
-    return SequenceCodec(parts, dct(PAGE), tables(), torch.zeros(CLASSES, 3), BASE, step)
+    return SequenceCodec(parts, dct(PAGE), tables(), BASE, step)
 
 
 def make_pages(count=3, seed=1):

@@ -50,8 +50,8 @@ def test_round_trip(llama, saved):
 
 def test_future_format_is_refused(saved):
     config = json.loads((saved / CONFIG_NAME).read_text())
-    (saved / CONFIG_NAME).write_text(json.dumps(config | {"format_version": 4}))
-    with pytest.raises(CalibrationMismatchError, match="version 4, this hf_seqkv reads 3"):
+    (saved / CONFIG_NAME).write_text(json.dumps(config | {"format_version": 5}))
+    with pytest.raises(CalibrationMismatchError, match="version 5, this hf_seqkv reads 4"):
         SeqKVCalibration.from_pretrained(saved)
 
 
@@ -77,7 +77,7 @@ def test_missing_parts_are_named(saved, llama):
 
 SHAPED = (
     *("0.key.std", "0.key.rotation", "1.value.widths", "2.key.levels", "1.held"),
-    *(f"sequence.full.{name}" for name in ("tables", "offsets", "along", "0.key.predictor", "2.value.predictor")),
+    *(f"sequence.full.{name}" for name in ("tables", "along", "0.key.predictor", "2.value.predictor")),
     *(f"sequence.light.1.key.{name}" for name in ("bias", "synthesis", "sizes", "refined", "importance", "share")),
     "sequence.full.2.key.inputs",
 )

@@ -28,7 +28,10 @@ FRONT = {"hf_seqkv", "hf_seqkv.register", "hf_seqkv.__main__"}
 # Library -> where it may be imported: a folder of the package, one module, or a pattern of modules.
 HOMES = {
     "transformers": {"integration", "cli", "eval"},
-    "numba": {"kernels.cpu", *(f"codec.{name}" for name in ("deadzone", "entropy", "exact_*", "sequence*", "token_*"))},
+    "numba": {
+        "kernels.cpu",
+        *(f"codec.{name}" for name in ("entropy", "exact_*", "sequence*", "symbol_*", "token_*", "uniform")),
+    },
     "llvmlite": {"kernels.cpu"},
     "triton": {
         f"kernels.triton_{name}"

@@ -22,7 +22,6 @@ from sequence_cases import (
 )
 
 from hf_seqkv.codec.importance import LEVELS, features
-from hf_seqkv.codec.sequence import SequenceCodec
 from hf_seqkv.codec.sequence_part import (
     CLASSES,
     LADDER,
@@ -84,7 +83,7 @@ def test_pages_do_not_depend_on_threads(predict):
 def test_finer_steps_err_less_and_take_more(predict):
     embedded, layers = make_pages()
     errors, sizes = [], []
-    for step in range(-28, 13, 4):
+    for step in range(-28, 5, 4):
         pages, held, _ = encode(make_codec(predict, step), embedded, layers)
         errors.append((flat(held) - flat(layers)).square().mean().item())
         sizes.append(sum(map(len, pages)))
@@ -111,7 +110,7 @@ def test_outliers_are_not_clipped(predict):
         v[1, :, 5] *= 1e5
     pages, held, _ = encode(codec, embedded, layers)
     for error in coefficients(codec, held, layers)[1]:
-        assert error.abs().max() <= 2 * BASE + 0.05  # the dead zone's, and what fp32 keeps of such numbers
+        assert error.abs().max() <= BASE / 2 + 0.05  # half a step, and what fp32 keeps of such numbers
     assert torch.equal(flat(decode(codec, pages, embedded)), flat(held))
 
 
@@ -159,19 +158,6 @@ def test_the_same_bytes_every_time():
 
 
 # Rate.
-
-
-def test_rounding_that_minds_the_rate():
-    """Errs more and takes less; whoever decodes need not know."""
-    embedded, layers = make_pages()
-    minding = make_codec(predict=False, step=12)
-    nearest = SequenceCodec(minding.parts, minding.along, minding.tables, minding.offsets, BASE, 12, rounding=False)
-    found = [encode(codec, embedded, layers)[:2] for codec in (minding, nearest)]
-    (few, rough), (more, fine) = [(sum(map(len, pages)), flat(held)) for pages, held in found]
-    assert few < 0.99 * more
-    assert (rough - flat(layers)).square().mean() > (fine - flat(layers)).square().mean()
-    assert torch.equal(flat(decode(minding, found[1][0], embedded)), fine)
-    assert not nearest.at(3).rounding
 
 
 @both

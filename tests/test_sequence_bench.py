@@ -17,7 +17,7 @@ OTHER = " ".join(str((7 * i * i + 3 * i) % 127) for i in range(3000))
 def saved(tmp_path_factory):
     made = make(tokens=792, window=264, sequence=True)
     for profile in made.config["sequence"].values():
-        profile["presets"] = {"fine": -8, "balanced": 0, "small": 5}
+        profile["presets"] = {"fine": -4, "balanced": 0, "small": 5}
     return made.save_pretrained(tmp_path_factory.mktemp("calibration"))
 
 
@@ -39,7 +39,7 @@ def test_codec_is_timed_and_finer_steps_take_more(demo, saved, capsys):
     assert main([*argv, "--seconds", "1", "--json"]) == 0
     shown = capsys.readouterr()
     rows = json.loads(shown.out)["rows"]
-    assert [(row["profile"], row["step"]) for row in rows] == [("full", 0), ("full", -8), ("light", 0), ("light", -8)]
+    assert [(row["profile"], row["step"]) for row in rows] == [("full", 0), ("full", -4), ("light", 0), ("light", -4)]
     assert rows[1]["bits_per_value"] > rows[0]["bits_per_value"]
     for row in rows:
         assert row["encode"]["values_per_second"] > 0
@@ -64,7 +64,7 @@ def test_inspect(saved, tmp_path, capsys):
     assert main(["inspect", str(saved), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["layers"]) == 6
-    assert found["presets"]["light"] == {"fine": -8, "balanced": 0, "small": 5}
+    assert found["presets"]["light"] == {"fine": -4, "balanced": 0, "small": 5}
     for row in found["layers"]:
         assert sum(row["hot_widths"].values()) == pytest.approx(1)
         assert set(row["rates"]) == set(row["left"]) == set(row["inputs"]) == {"full", "light"}
@@ -94,7 +94,7 @@ def test_presets_stay_below_their_divergence():
 
 def test_ablation(monkeypatch):
     monkeypatch.setattr(ablation, "WINDOW", 264)
-    names = "everything", ablation.TURNED, "no prediction", "rounding to the nearest"
+    names = "everything", ablation.TURNED, "no prediction"
     variants = {name: ablation.VARIANTS[name] for name in names}
     monkeypatch.setattr(ablation, "VARIANTS", variants)
     plan = quality.Plan(windows=1, window=300, prefill=100)
@@ -106,6 +106,5 @@ def test_ablation(monkeypatch):
     assert all(name in ablation.table(found) for name in variants)
     rates = {name: [row["bits_per_value"] for row in one["rows"].values()] for name, one in found.items()}
     assert len(set(map(tuple, rates.values()))) == len(variants)
-    assert all(a > b for a, b in zip(rates["rounding to the nearest"], rates["everything"], strict=True))
     with pytest.raises(ConfigError, match="was fitted on"):
         ablation.measure(tiny("llama"), Words(), [TEXT], {"same": TEXT}, 1056, 0, plan)

@@ -97,13 +97,6 @@ def test_without_a_choice_all_inputs_are_used():
         assert [width > 0 for width in part.inputs] == [n is not None for n in ("embedding", *sources(index))]
 
 
-def test_without_reconstruction_points_symbols_stand_for_multiples_of_the_step():
-    sample, sensitivities = fitted()[2:]
-    codec, _ = fit_sequence(sample, sensitivities, Ingredients(points=False), progress=False)
-    assert not codec.offsets.any()
-    assert fitted()[0].offsets.any()
-
-
 def test_prediction_saves_what_it_explains():
     """Bits of other tokens than were fitted, at the same error: half the octaves of the variance it takes away."""
     other = make_sample(16, seed=1)
@@ -187,6 +180,8 @@ def test_metric_of_known_gradients():
     sensitivity = Sensitivity((4, 4))
     windows = [[torch.randn(20, HEADS, DIM), torch.randn(20, HEADS, 3)] for _ in range(2)]
     for gradients in windows:
+        for g in gradients:
+            g /= g.square().sum((1, 2), keepdim=True).sqrt()  # all of one energy
         x = [torch.randn_like(t) for t in gradients]
         sensitivity.add(x, gradients, torch.arange(20), torch.full((20,), 7), 20)
     for side, dim in enumerate((DIM, 3)):
@@ -197,6 +192,21 @@ def test_metric_of_known_gradients():
         torch.testing.assert_close(extra, floor.expand_as(extra), atol=1e-5, rtol=1e-4)
         mean = expected.diagonal(dim1=1, dim2=2).mean(-1)
         torch.testing.assert_close(extra[:, 0, 0] / mean, torch.full((HEADS,), 0.02).double(), atol=1e-4, rtol=0)
+
+
+def test_a_token_above_most_counts_by_what_refinement_leaves():
+    """Of `E` times the energy of most: as one of `E ** (1 - GAIN)`. Those below most count as they are."""
+    sizes = torch.tensor([0.1] * 5 + [1.0] * 11 + [3.0, 10.0, 1000.0])
+    gradients = torch.randn(len(sizes), HEADS, DIM)
+    gradients *= sizes[:, None, None] / gradients.square().sum((1, 2), keepdim=True).sqrt()
+    sensitivity, count = Sensitivity((4, 4)), len(sizes)
+    x, queries = torch.randn(count, HEADS, DIM), torch.full((count,), 9)
+    sensitivity.add([x] * 2, [gradients] * 2, torch.arange(count), queries, 9)
+    g = gradients.double() * sizes.double().clamp_min(1)[:, None, None] ** -GAIN
+    expected = torch.einsum("nhi,nhj->hij", g, g) / count
+    expected += 0.02 * expected.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(DIM)
+    for side in range(2):
+        torch.testing.assert_close(sensitivity.metric(side), expected, rtol=1e-4, atol=1e-4 * expected.max().item())
 
 
 def test_each_token_counts_by_the_queries_that_see_it():

@@ -67,8 +67,8 @@ def test_what_it_is_not_is_named(stored):
     codec, page = stored
     with pytest.raises(FormatError, match=r"magic is b'PK.*SKVS"):
         codec._read(b"PK\3\4" + page[4:])
-    with pytest.raises(FormatError, match=r"version 1.*reads version 2.*the hf_seqkv that wrote it"):
-        codec._read(page[:4] + b"\1" + page[5:])
+    with pytest.raises(FormatError, match=r"version 2.*reads version 3.*the hf_seqkv that wrote it"):
+        codec._read(page[:4] + b"\2" + page[5:])
 
 
 def test_another_step_or_codec_is_named(stored):
@@ -112,9 +112,8 @@ def golden_codec():
         predictor = numbers(sum(inputs[index]), width, salt=index) / 256
         bias, importance = numbers(width, salt=9) / 8, torch.zeros(width)
         parts.append(Part(bias, inputs[index], predictor, hadamard_matrix(width), sizes, refined, importance, share=5))
-    offsets = -(numbers(CLASSES, 3, span=9).abs() / 64)
     along = torch.block_diag(*[hadamard_matrix(4)] * 2)
-    return SequenceCodec(parts, along, SymbolTables(frequencies.to(torch.uint16)), offsets, 0.125, -5)
+    return SequenceCodec(parts, along, SymbolTables(frequencies.to(torch.uint16)), 0.125, -5)
 
 
 def golden_symbols(codec):

@@ -7,10 +7,10 @@ import torch
 from sequence_cases import BASE, both, decode, encode, flat, make_codec, make_pages, tables
 
 from hf_seqkv.codec import sequence_quiet as quiet
-from hf_seqkv.codec.deadzone import DeadZone
 from hf_seqkv.codec.sequence import SequenceCodec
 from hf_seqkv.codec.sequence_part import SIZES, dct
 from hf_seqkv.codec.symbol_tables import LIMIT, TOTAL
+from hf_seqkv.codec.uniform import UniformQuantizer
 
 PAGE = 8
 
@@ -20,7 +20,7 @@ def test_silent_components_cost_flags_alone(predict):
     """What is taken for mostly zero and is, has no symbols; one coefficient of it brings those of its component."""
     codec, (embedded, layers) = make_codec(predict, refine=-9.0, quiet=0.5), make_pages(4)
     parts = [replace(part, sizes=torch.where(part.sizes > 60, 160, part.sizes)) for part in codec.parts]
-    codec = SequenceCodec(parts, codec.along, codec.tables, codec.offsets, BASE, step=26)
+    codec = SequenceCodec(parts, codec.along, codec.tables, BASE, step=30)
     assert all(0 < coder.loud < part.bias.numel() for coder, part in zip(codec.coders, codec.parts, strict=True))
     pages, held, encoder = encode(codec, embedded, layers)
     active = torch.cat([encoder.coded(i)[2].any(-1) for i in range(len(codec.parts))], 1)
@@ -58,9 +58,8 @@ def test_flags_have_tables():
 def test_active_components_are_added(per_page):
     """As a product with all of them would; pages do not depend on each other."""
     pages, quiet_count, width, first = len(per_page), 9, 24, 15
-    classes, bits = torch.randint(SIZES, (1, PAGE * quiet_count)).byte(), tables().bits()
-    offsets, order = -0.1 * torch.rand(len(bits), 3), torch.arange(PAGE * quiet_count).view(PAGE, -1).T.reshape(1, -1)
-    zone = DeadZone(classes, torch.tensor([0.3]), bits, offsets, order)
+    order = torch.arange(PAGE * quiet_count).view(PAGE, -1).T.reshape(1, -1)
+    uniform = UniformQuantizer(torch.zeros_like(order, dtype=torch.uint8), torch.tensor([0.3]), order)
     symbols = torch.zeros(pages, quiet_count, PAGE, dtype=torch.int32)
     for page, count in enumerate(per_page):
         symbols[page, torch.randperm(quiet_count)[:count], page] = torch.randint(1, 6, (count,), dtype=torch.int32)
@@ -69,13 +68,13 @@ def test_active_components_are_added(per_page):
     assert torch.equal(chosen, symbols.any(2))
     assert chosen.sum(1).tolist() == list(per_page)
     synthesis, out = torch.randn(width, width), torch.randn(pages * PAGE, width)
-    values = zone.dequantise(symbols.flatten(1), torch.zeros(pages, dtype=torch.int64)).view(pages, PAGE, -1)
+    values = uniform.dequantise(symbols.flatten(1), torch.zeros(pages, dtype=torch.int64)).view(pages, PAGE, -1)
     expected = out + (dct(PAGE).T @ values).flatten(0, 1) @ synthesis[first:]
 
     def added(some):
         active = *chosen[some].nonzero().unbind(1), symbols[some][chosen[some]]
         result = out.view(pages, PAGE, width)[some].flatten(0, 1).clone()
-        quiet.add_active(active, zone, dct(PAGE), synthesis, first, result)
+        quiet.add_active(active, 0.3, dct(PAGE), synthesis, first, result)
         return result
 
     together = added(slice(None))

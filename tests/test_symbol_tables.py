@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_entropy import VALUES, geometric, table
 
-from hf_seqkv.codec.symbol_tables import ESCAPE, LIMIT, TOTAL, SymbolTables
+from hf_seqkv.codec.symbol_tables import ESCAPE, LIMIT, TOTAL, SymbolTables, code_lengths
 from hf_seqkv.errors import FormatError
 
 
@@ -102,3 +102,18 @@ def test_what_is_no_table_is_refused(row):
 def test_tables_of_another_shape_are_refused(shape):
     with pytest.raises(FormatError, match="C from 1 to 256"):
         SymbolTables(torch.zeros(shape, dtype=torch.uint16))
+
+
+def test_code_lengths_are_sums_of_prices():
+    """Of every row in every setting; a value beyond the tables counts as the last in them."""
+    count, settings_, width = 4, 3, 10
+    ratios = torch.tensor([0.01, 0.4, 0.8, 0.97], dtype=torch.float64)[:, None]
+    bits = SymbolTables.fit(1e4 * ratios ** torch.arange(-LIMIT, LIMIT + 1).abs()).bits()
+    classes, moves = torch.randint(count, (width,)).byte(), torch.randint(count, (settings_, count)).byte()
+    symbols = torch.randint(-LIMIT - 40, LIMIT + 40, (33, width), dtype=torch.int32)
+    found = code_lengths(symbols, classes, moves, bits)
+    assert found.shape == (33, settings_)
+    columns = symbols.long().clamp(-LIMIT, LIMIT) + LIMIT
+    for setting, move in enumerate(moves.long()):
+        expected = bits.double()[move[classes.long()], columns].sum(1)
+        torch.testing.assert_close(found[:, setting].double(), expected, rtol=1e-5, atol=0)

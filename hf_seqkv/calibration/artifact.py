@@ -35,7 +35,7 @@ from .hub import CONFIG_NAME, TENSORS_NAME, download
 from .layout import PARTS, SEQUENCE_PARTS, SIDES, check_shapes
 from .sequence_fit import Sample
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CARD_NAME = "README.md"
 STEPS = 64  # quarter octaves either way: beyond a factor of 2**16 steps, sizes mean nothing
 
@@ -133,8 +133,7 @@ class SeqKVCalibration:
             fields = {name: tensor(f"{prefix}.{name}") for name in SEQUENCE_PARTS}
             fields |= {"share": int(fields["share"]), "inputs": tuple(fields["inputs"].tolist())}
             parts.append(Part(**fields))
-        shared = (tensor("along"), SymbolTables(tensor("tables")), tensor("offsets"))
-        return SequenceCodec(parts, *shared, made[profile]["base"], step, made[profile].get("rounding", True))
+        return SequenceCodec(parts, tensor("along"), SymbolTables(tensor("tables")), made[profile]["base"], step)
 
     def add_exact(self, sample: Sample, rows: Sequence[torch.Tensor], progress: bool = True) -> None:
         """Fit the tables of the exact codec to these hot pages; arguments as `sampled_pages` has them."""

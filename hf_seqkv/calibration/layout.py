@@ -12,7 +12,6 @@ Tensors of a sequence codec, of profile `full` (with prediction) or `light`, whe
 says what they are:
 
     sequence.{profile}.tables                             [C, 256] uint16   frequencies
-    sequence.{profile}.offsets                            [C, 3]            reconstruction points
     sequence.{profile}.along                              [P, P]            transform along a page's tokens
     sequence.{profile}.{i}.{side}.{bias, inputs, predictor (fp16), synthesis, sizes, refined, importance, share}
 
@@ -32,7 +31,6 @@ from typing import Any
 import torch
 
 from ..codec import importance
-from ..codec.deadzone import OFFSETS
 from ..codec.importance import LEVELS
 from ..codec.sequence import SequenceCodec
 from ..codec.sequence_part import CLASSES, INPUTS, LADDER, sources
@@ -46,7 +44,7 @@ SEQUENCE_PARTS = ("bias", "inputs", "predictor", "synthesis", "sizes", "refined"
 
 def sequence_tensors(codec: SequenceCodec, profile: str) -> dict[str, torch.Tensor]:
     """Tensors of a sequence codec, by name."""
-    found = {"tables": codec.tables.frequencies, "offsets": codec.offsets, "along": codec.along}
+    found = {"tables": codec.tables.frequencies, "along": codec.along}
     for index, part in enumerate(codec.parts):
         prefix = f"{index // 2}.{SIDES[index % 2]}"
         found |= {f"{prefix}.{name}": torch.as_tensor(getattr(part, name)) for name in SEQUENCE_PARTS}
@@ -85,7 +83,6 @@ def check_shapes(tensors: dict[str, torch.Tensor], config: dict[str, Any], sourc
     for profile in config.get("sequence", {}):
         prefix = f"sequence.{profile}"
         expect(f"{prefix}.tables", CLASSES, ESCAPE + 1)
-        expect(f"{prefix}.offsets", CLASSES, OFFSETS)
         size, _ = expect(f"{prefix}.along", None, None)
         expect(f"{prefix}.along", size, size)
         embedded = 0  # components of an embedding, once a part is predicted from it

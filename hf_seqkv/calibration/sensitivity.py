@@ -4,6 +4,10 @@ With `g` the gradient, with respect to one token's cached keys of one head, of t
 tokens sampled from the model, `E[g g^T]` is the Fisher information: an error `e` of those keys costs half of
 `e^T E[g g^T] e` in nats of Kullback–Leibler divergence. Source: Amari, "Natural gradient works efficiently in
 learning", 1998.
+
+A few tokens have nearly all of that energy, and those are refined: their errors are smaller by a power of their energy.
+Tokens count by the energy that is then left. At 0.0044 nats from SmolLM2 that takes 0.525 bits a value, where counting
+all of it takes 0.611, and only as much as levels foresee 0.595.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from ..codec import importance
 # Of the mean over components: no direction is free, however few samples there were. At equal divergence from SmolLM2,
 # 0.1 takes 6 % more bits even with 2,048 tokens, 0.002 takes 3 % more with 8,192.
 FLOOR = 0.02
-GAIN = 0.5  # of a token's predicted energy that its quantiser's step follows
+GAIN = 0.5  # of the logarithm of a token's energy that the energy of its error follows
 RIDGE = 20.0  # in standardised features
 
 
@@ -62,7 +66,7 @@ class Sensitivity:
         costs = [e * (t.square().sum(2) * g.square().sum(2)).sum(1).double() / queries for e, t, g in parts]
         energies = torch.stack([*energies, sum(costs)], 1)
         logs = energies.clamp_min(1e-30).maximum(energies.mean(0) * 1e-9).log2()
-        second = [torch.einsum("nhi,nhj->hij", g, g).double() for g in gradients]
+        second = [_second_moments(g, e) for g, e in zip(gradients, energies[:, :2].T, strict=True)]
         if self.metrics is None:
             self.metrics, self.gram, self.cross = second, found.T @ found, found.T @ logs
         else:
@@ -72,7 +76,7 @@ class Sensitivity:
         self.windows, self.visible = self.windows + 1, self.visible + visible
 
     def metric(self, side: int) -> torch.Tensor:
-        """Nats a query that an error of each token costs, twice, as a matrix: `[H, D, D]` fp64, positive definite."""
+        """Twice what errors cost, nats a query, of tokens that are not refined: `[H, D, D]` fp64, positive definite."""
         second = self.metrics[side].cpu() * (self.visible / self.windows / self.pairs)
         trace = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return second + FLOOR * trace.clamp_min(1e-20) * torch.eye(second.shape[-1], dtype=torch.float64)
@@ -93,3 +97,14 @@ class Sensitivity:
         eye = torch.eye(len(mean), dtype=torch.float64)
         weights = torch.linalg.solve(covariance + RIDGE / self.tokens * eye, target) / spread
         return (GAIN / 2 * torch.cat([weights, -(weights @ mean)[None]])).float()
+
+
+def _second_moments(gradients: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
+    """Sums of `g g^T` of each head, `[n, H, D]` to `[H, D, D]` fp64, of tokens of energies `[n]`.
+
+    What a token has more of than most is divided by its power `GAIN`.
+    """
+    most = energies.median().maximum(energies.mean() * 1e-9).clamp_min(1e-30)
+    weights = (energies / most).clamp_min(1).pow(-GAIN / 2)
+    scaled = gradients * weights.to(gradients.dtype)[:, None, None]
+    return torch.einsum("nhi,nhj->hij", scaled, scaled).double()

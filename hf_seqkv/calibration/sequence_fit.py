@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm.auto import tqdm
 
-from ..codec.deadzone import OFFSETS
 from ..codec.importance import LEVELS, features, levels
 from ..codec.sequence import SequenceCodec
 from ..codec.sequence_part import (
@@ -46,7 +45,7 @@ EMBEDDED = -1  # the name of the embeddings among inputs that are numbers of par
 # be, so that predictors fitted to fine inputs suit coarse ones too; those fitted at step 0 cost fine ones 6 % more.
 FITTED = LADDER[0]
 PRICE = 0.002  # bits a value that an input as wide as a part must save
-FORECAST = 0.0038  # nats a token that step 0 would cost were all errors uniform and small: measured, several times it
+FORECAST = 0.00064  # nats a token that step 0 would cost, were errors uniform and small, and no token above most
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,6 @@ class Ingredients:
         heads: The transform goes across the heads of a layer; without, each head has its own.
         tokens: A DCT goes along a page's tokens.
         importance: Tokens on which much depends are refined.
-        points: Symbols are rebuilt as what they stand for on average; without, as their multiple of the step.
-        rounding: Rounding minds the rate; without, it is to the nearest.
     """
 
     prediction: bool = True
@@ -70,8 +67,6 @@ class Ingredients:
     heads: bool = True
     tokens: bool = True
     importance: bool = True
-    points: bool = True
-    rounding: bool = True
 
 
 PROFILES = {"full": Ingredients(), "light": Ingredients(prediction=False)}
@@ -94,32 +89,24 @@ class Sample:
 
 
 class _Tally:
-    """Counts of symbols by class, and how far what they stand for lies from them."""
+    """Counts of symbols by class."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(CLASSES, 2 * LIMIT + 1, dtype=torch.float64)
         self.beyond = torch.zeros(CLASSES, dtype=torch.float64)
-        self.shift = torch.zeros(CLASSES * OFFSETS, dtype=torch.float64)
-        self.seen = torch.zeros(CLASSES * OFFSETS, dtype=torch.float64)
 
-    def add(self, zone, x: torch.Tensor, which: torch.Tensor, bits: torch.Tensor | None = None) -> torch.Tensor:
+    def add(self, uniform, x: torch.Tensor, which: torch.Tensor, bits: torch.Tensor | None = None) -> torch.Tensor:
         """Quantise `x [n, M]` and count some of it, with shifts by `bits` where given; returns what is rebuilt."""
-        symbols, rebuilt = zone.quantise(x, which)
-        symbols, x, which = symbols[::COUNTED], x[::COUNTED], which[::COUNTED]
-        kinds = zone.classes.long()[which]
+        symbols, rebuilt = uniform.quantise(x, which)
+        symbols, kinds = symbols[::COUNTED], uniform.classes.long()[which[::COUNTED]]
         if bits is not None:
-            shifts = best_shifts(symbols, zone.classes[0], bits)
+            shifts = best_shifts(symbols, uniform.classes[0], bits)
             self._count(torch.full_like(shifts, SHIFT_CLASS), shifts)
-            kinds = shifted(zone.classes[0])[shifts + SHIFTS].long()
+            kinds = shifted(uniform.classes[0])[shifts + SHIFTS].long()
         sizes = symbols.abs().long()
         inside = sizes <= LIMIT
         self._count(kinds[inside], symbols[inside].long())
         self.beyond += torch.bincount(kinds[~inside], minlength=CLASSES)
-        scaled = x.gather(1, zone.order.long()[which]).abs() / zone.steps[which][:, None]
-        coded = sizes > 0
-        at = kinds[coded] * OFFSETS + sizes[coded].clamp(max=OFFSETS) - 1
-        self.shift += torch.bincount(at, (scaled - sizes)[coded].double(), CLASSES * OFFSETS)
-        self.seen += torch.bincount(at, minlength=CLASSES * OFFSETS)
         return rebuilt
 
     def _count(self, kinds: torch.Tensor, values: torch.Tensor) -> None:
@@ -132,19 +119,14 @@ class _Tally:
     def tables(self) -> SymbolTables:
         return SymbolTables.fit(self.counts, self.beyond)
 
-    def offsets(self) -> torch.Tensor:
-        """`[CLASSES, 3]` fp32."""
-        return (self.shift / (self.seen + 4)).view(CLASSES, OFFSETS).float()
 
-
-def _provisional() -> tuple[SymbolTables, torch.Tensor]:
-    """Tables and offsets of Laplacian coefficients, to quantise by until there are measured ones."""
+def _provisional() -> SymbolTables:
+    """Tables of Laplacian coefficients, to choose shifts by until there are measured ones."""
     deviation = 2.0 ** ((torch.arange(CLASSES, dtype=torch.float64) % SIZES - SIZES // 3) / 4)
     rate = 2**0.5 / deviation[:, None]
     value = torch.arange(-LIMIT, LIMIT + 1).abs()
     counts = torch.where(value == 0, 1 - (-rate / 2).exp(), (-rate * value).exp() * (rate / 2).sinh())
-    offset = 1 / rate - 0.5 / (rate / 2).tanh()
-    return SymbolTables.fit(1e4 * counts), offset.expand(-1, OFFSETS).float().contiguous()
+    return SymbolTables.fit(1e4 * counts)
 
 
 def fit_sequence(
@@ -164,8 +146,7 @@ def fit_sequence(
     base = (24 * FORECAST / values) ** 0.5
     size, layers = sample.positions.shape[1], len(sample.keys)
     along = dct(size).clone() if using.tokens else torch.eye(size)
-    tally, (tables, offsets) = _Tally(), _provisional()
-    bits, offsets = tables.bits(), offsets * using.points
+    tally, bits = _Tally(), _provisional().bits()
     parts: list[Part] = [None] * (2 * layers)
     measured: dict[tuple[int, int], tuple] = {}
     left: list[float] = []
@@ -202,9 +183,7 @@ def fit_sequence(
                 weights = sensitivities[layer].importance(side) * using.importance
                 parts[index] = _fit_transform(parts[index], residual, factor, groups, weights, found)
             chosen = levels(found, parts[index].importance)
-            measured[index, step], z, found_z = _measure(
-                parts[index], along, residual, chosen, step, base, (bits, offsets, using.rounding), tally
-            )
+            measured[index, step], z, found_z = _measure(parts[index], along, residual, chosen, step, base, bits, tally)
             forecast[str(step)] += ((z - found_z).square().sum() / len(z) / 2).item()
             decoded = found_z @ parts[index].synthesis + predicted
             context.add(decoded)
@@ -218,7 +197,7 @@ def fit_sequence(
         sizes, refined = (torch.stack([measured[index, step][i] for step in LADDER]) for i in range(2))
         done.append(replace(part, sizes=sizes, refined=refined))
     report = {"left": {"key": left[::2], "value": left[1::2]}, "forecast": forecast}
-    return SequenceCodec(done, along, tally.tables(), tally.offsets() * using.points, base, 0, using.rounding), report
+    return SequenceCodec(done, along, tally.tables(), base, 0), report
 
 
 def _factor(sensitivity: Sensitivity, side: int, using: Ingredients) -> torch.Tensor:
@@ -249,19 +228,19 @@ def _fit_transform(part: Part, residual, factor, groups: int, weights, found) ->
     return replace(part, synthesis=synthesis, importance=weights, share=share)
 
 
-def _measure(part: Part, along, residual, found_levels, step: int, base: float, tables, tally: _Tally):
+def _measure(part: Part, along, residual, found_levels, step: int, base: float, bits, tally: _Tally):
     """Code a part's residuals at a step: sizes met, `[P, W]` and `[LEVELS, W]` codes; transformed, and as decoded."""
     z = residual @ part.analysis
     coefficients = (along @ z.unflatten(0, (-1, len(along)))).flatten(1)
     codes = size_codes(coefficients.square().mean(0).sqrt(), base).unflatten(0, (len(along), -1))
-    coder = PartCoder(_with_sizes(part, codes, part.refined[0]), along, step, base, *tables)
+    coder = PartCoder(_with_sizes(part, codes, part.refined[0]), along, step, base, bits)
     rows = torch.zeros(len(coefficients), dtype=torch.int64)
-    rebuilt = coder.tokens(tally.add(coder.coarse, coefficients, rows, tables[0]))
+    rebuilt = coder.tokens(tally.add(coder.coarse, coefficients, rows, bits))
     error = z - rebuilt
     typical = error.square().mean(0).sqrt()
     finer = torch.stack([_typical(error[found_levels == v], typical) for v in range(1, LEVELS + 1)])
     refined = size_codes(finer, base)
-    coder = PartCoder(_with_sizes(part, codes, refined), along, step, base, *tables)
+    coder = PartCoder(_with_sizes(part, codes, refined), along, step, base, bits)
     chosen = found_levels.nonzero()[:, 0]
     rebuilt[chosen] += tally.add(coder.fine, error[chosen], found_levels[chosen] - 1)
     tally.add_levels(part.share, found_levels)

@@ -100,7 +100,7 @@ def _evaluate(model, tokenizer, text: str, calibration) -> dict:
     """Quality on held-back text of what was fitted and of data-free methods; names the sequence codec's presets.
 
     How far its divergence is above the `forecast` of the metric of gradients, which knows nothing of how errors of all
-    layers meet, tells whether that has seen enough tokens: 8 to 17 times with 4,096 of SmolLM2's.
+    layers meet, tells whether that has seen enough tokens: 26 to 46 times with 32,768 of SmolLM2's, at 0.2 bits 78.
     """
     from ..eval import quality
     from ..eval.presets import choose_steps

@@ -6,7 +6,7 @@ Coding goes layer by layer, keys then values, over the `P` tokens of a page at o
    for values, the decoded keys of their own layer. Keys are taken before RoPE.
 2. transform: the residual times a matrix that whitens what the model's output feels and removes correlation across
    heads and components; then a DCT along the page's tokens, after which errors do not add up over tokens.
-3. quantisation: `deadzone.py`, one step for everything; classes tell the expected size of each coefficient in it, and a
+3. quantisation: `uniform.py`, one step for everything; classes tell the expected size of each coefficient in it, and a
    page moves a part's by a shift of its own. Of components that are mostly zero it has few (`sequence_quiet.py`).
 4. refinement: tokens on which much depends (`importance.py`) get their error coded again with a step of `2**-level`.
 5. entropy coding: `entropy.py`, with static tables. Symbols depend on integers alone; predictions only shift what they
@@ -40,7 +40,7 @@ from .sequence_span import Decoding, Encoding, Span
 from .symbol_tables import SymbolTables
 from .threads import on_threads, spans
 
-MAGIC, VERSION = b"SKVS", 2
+MAGIC, VERSION = b"SKVS", 3
 _HEADER = struct.Struct("<4sHhHHIII16sI")
 
 
@@ -51,10 +51,8 @@ class SequenceCodec:
         parts: Keys and values of every layer, in the order in which layers run.
         along: Orthogonal transform of a page's tokens, `[P, P]`, rows are the basis.
         tables: Of `sequence_part.CLASSES` classes.
-        offsets: Reconstruction points, `[CLASSES, 3]`; see `deadzone.py`.
         base: Step 0, in units of the coefficients.
         step: Quarter octaves from it.
-        rounding: Whether rounding minds the rate, of what is encoded.
 
     Layers may differ in heads and head dims.
     """
@@ -64,15 +62,13 @@ class SequenceCodec:
         parts: Sequence[Part],
         along: torch.Tensor,
         tables: SymbolTables,
-        offsets: torch.Tensor,
         base: float,
         step: int,
-        rounding: bool = True,
     ):
-        self.parts, self.along, self.tables, self.offsets = list(parts), along, tables, offsets
-        self.base, self.step, self.page_size, self.rounding = base, step, len(along), rounding
+        self.parts, self.along, self.tables = list(parts), along, tables
+        self.base, self.step, self.page_size = base, step, len(along)
         self._bits = tables.bits()
-        self.coders = [PartCoder(part, along, step, base, self._bits, offsets, rounding) for part in parts]
+        self.coders = [PartCoder(part, along, step, base, self._bits) for part in parts]
         self.quiet = QuietComponents(*zip(*((x.flags, x.quiet_kinds) for x in self.coders), strict=True))
         self.sizes = [coder.kinds.shape[1] for coder in self.coders]  # coefficients of loud components
         self._widths = torch.tensor([part.bias.numel() for part in parts])
@@ -93,7 +89,7 @@ class SequenceCodec:
 
     def at(self, step: int) -> SequenceCodec:
         """The same codec at another step."""
-        return SequenceCodec(self.parts, self.along, self.tables, self.offsets, self.base, step, self.rounding)
+        return SequenceCodec(self.parts, self.along, self.tables, self.base, step)
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
@@ -103,7 +99,7 @@ class SequenceCodec:
             counts = torch.tensor([*part.inputs, part.share])
             for table in (counts, part.bias, part.predictor, part.synthesis, part.sizes, part.refined):
                 digest.update(table.contiguous().numpy().tobytes())
-        for table in (self.along, self.tables.frequencies, self.offsets):
+        for table in (self.along, self.tables.frequencies):
             digest.update(table.contiguous().numpy().tobytes())
         return digest.digest()[:16]
 

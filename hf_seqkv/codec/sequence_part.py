@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .deadzone import DeadZone, code_lengths
 from .importance import LEVELS
 from .sequence_quiet import add_active, add_rows, are_active, flag_kinds, loud_count
+from .symbol_tables import code_lengths
+from .uniform import UniformQuantizer
 
 LADDER = (-6, 0, 6)  # quarter octaves; steps at which sizes were measured
 SIZES = 72  # classes of expected size: quarter octaves from 2**-6 to 2**12 steps
@@ -162,31 +163,31 @@ class PartCoder:
         quiet_kinds: Of the quiet ones' symbols, if active, `[S, d, P]`.
     """
 
-    def __init__(self, part: Part, along: torch.Tensor, step: int, base: float, bits, offsets, rounding: bool = True):
-        self.part, self.along, self._tables = part, along, (bits * rounding, offsets)
+    def __init__(self, part: Part, along: torch.Tensor, step: int, base: float, bits: torch.Tensor):
+        self.part, self.along = part, along
         self._scale = base * 2.0 ** (step / 4)
         self._classes = classes_at(part.sizes, step).to(torch.uint8)
         flags = flag_kinds(self._classes, bits)
         self.loud = loud_count(flags)
         self.flags = flags[self.loud :]
         size, count = len(along), len(self.flags)
-        self._main = self._zone(self._classes[:, : self.loud])
+        self._main = self._uniform(self._classes[:, : self.loud])
         by_component = torch.arange(size * count).view(size, count).T.reshape(1, -1)
-        self._quiet = self._zone(self._classes[:, self.loud :], by_component)
+        self._quiet = self._uniform(self._classes[:, self.loud :], by_component)
         self.kinds = shifted(self._main.classes[0])
         self.quiet_kinds = shifted(self._quiet.classes[0]).unflatten(1, (count, size))
         levels = torch.arange(1, LEVELS + 1)
         finer = torch.stack([classes_at(x, step, v) for v, x in enumerate(part.refined.unbind(1), 1)])
         steps = self._scale * 2.0 ** -levels.double()
-        self.fine = DeadZone((finer + REFINED).to(torch.uint8), steps, *self._tables)
+        self.fine = UniformQuantizer((finer + REFINED).to(torch.uint8), steps)
 
-    def _zone(self, classes: torch.Tensor, order: torch.Tensor | None = None) -> DeadZone:
-        return DeadZone(classes.flatten()[None], torch.tensor([self._scale]), *self._tables, order)
+    def _uniform(self, classes: torch.Tensor, order: torch.Tensor | None = None) -> UniformQuantizer:
+        return UniformQuantizer(classes.flatten()[None], torch.tensor([self._scale]), order)
 
     @functools.cached_property
-    def coarse(self) -> DeadZone:
+    def coarse(self) -> UniformQuantizer:
         """The quantiser of all coefficients alike, as fitting has it."""
-        return self._zone(self._classes)
+        return self._uniform(self._classes)
 
     def encode(self, x: torch.Tensor, predicted: torch.Tensor, levels: torch.Tensor, out: torch.Tensor):
         """Code keys or values `[N * P, W]` of tokens with levels `[N * P]`; as decoded they go into `out`.
@@ -223,7 +224,7 @@ class PartCoder:
         """Keys or values of loud components `[N * P, loud]`, active ones and refinements of tokens `refined`."""
         synthesis, loud = self.part.synthesis, self.loud
         torch.addmm(predicted, found.index_add_(0, refined, refinements[:, :loud]), synthesis[:loud], out=out)
-        add_active(active, self._quiet, self.along, synthesis, loud, out)
+        add_active(active, self._scale, self.along, synthesis, loud, out)
         add_rows(refined, refinements, loud, synthesis, out)
 
     def tokens(self, coefficients: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ Everything here that decides what is read is made of integers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ from .symbol_tables import ESCAPE, LIMIT, TOTAL, SymbolTables
 
 # Kinds of flags: octaves of how many coefficients of a component are expected not to be zero, from 1/64 to 4.
 _EDGES = torch.tensor([TOTAL * 2**i // 64 for i in range(9)])
-_ACTIVE = (30, 120, 1080, 1300, 1750, 2100, 2600, 3200, 3700, 4000)  # of 4096 of a kind, as measured: they cluster
+_ACTIVE = (30, 200, 1100, 1600, 1900, 2200, 2600, 3200, 3700, 4000)  # of 4096 of a kind, as measured: they cluster
 KINDS = len(_ACTIVE)
 COST = 3  # of adding an active component, in what one more takes in the product of matrices
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -98,15 +97,12 @@ def _are_active(symbols, out):
 
 
 @njit(**_OPTIONS)
-def _tokens(symbols, kinds, points, scale, along, out):
+def _tokens(symbols, step, along, out):
     """What the coefficients of a component stand for, token by token."""
     out[:] = 0
     for at in range(symbols.size):
-        symbol = np.int64(symbols[at])
-        if symbol != 0:
-            size = abs(symbol)
-            point = points[np.uint64(kinds[at]), np.uint64(min(size, points.shape[1] - 1))]
-            value, row = math.copysign((np.float32(size) + point) * scale, np.float32(symbol)), along[at]
+        if symbols[at] != 0:
+            value, row = np.float32(symbols[at]) * step, along[at]
             for token in range(out.size):
                 out[token] += value * row[token]
 
@@ -114,9 +110,7 @@ def _tokens(symbols, kinds, points, scale, along, out):
 # Four components at a time, so that a page's numbers are read and written less often. They are all of one page: what it
 # becomes does not depend on others.
 @njit(**_OPTIONS)
-def _add_active(pages, components, symbols, classes, offsets, scale, along, synthesis, first, out):
-    points = np.zeros((offsets.shape[0], offsets.shape[1] + 1), np.float32)  # by magnitude
-    points[:, 1:] = offsets
+def _add_active(pages, components, symbols, step, along, synthesis, first, out):
     size, width = symbols.shape[1], out.shape[1]
     tokens, rows = np.zeros((4, size), np.float32), np.zeros(4, np.int64)
     i = 0
@@ -124,7 +118,7 @@ def _add_active(pages, components, symbols, classes, offsets, scale, along, synt
         page, count = pages[i], 0
         while count < 4 and i < pages.size and pages[i] == page:
             rows[count] = first + components[i]
-            _tokens(symbols[i], classes[components[i]], points, scale, along, tokens[count])
+            _tokens(symbols[i], step, along, tokens[count])
             count, i = count + 1, i + 1
         tokens[count:] = 0
         one, two, three, four = synthesis[rows[0]], synthesis[rows[1]], synthesis[rows[2]], synthesis[rows[3]]
@@ -153,18 +147,19 @@ def are_active(symbols: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def add_active(active, zone, along: torch.Tensor, synthesis: torch.Tensor, first: int, out: torch.Tensor) -> None:
+def add_active(
+    active, step: float, along: torch.Tensor, synthesis: torch.Tensor, first: int, out: torch.Tensor
+) -> None:
     """Add to `out [N * P, W]` what active components of a part stand for.
 
     Args:
         active: Their pages `[m]`, numbers among the quiet ones `[m]` and symbols `[m, P]`.
-        zone: The quiet components' `DeadZone`.
+        step: Of the quantiser.
         along: Transform of a page's tokens, `[P, P]`, rows are the basis.
         synthesis: What one unit of each component adds, `[W, W]`, those of the quiet ones from row `first` on.
     """
-    classes, scale, offsets = zone.classes[0].view(-1, len(along)).numpy(), *zone.points
     pages, components, symbols, along, synthesis = (x.numpy() for x in (*active, along, synthesis))
-    _add_active(pages, components, symbols, classes, offsets, scale, along, synthesis, first, out.numpy())
+    _add_active(pages, components, symbols, np.float32(step), along, synthesis, first, out.numpy())
 
 
 def add_rows(rows: torch.Tensor, values: torch.Tensor, first: int, synthesis, out: torch.Tensor) -> None:

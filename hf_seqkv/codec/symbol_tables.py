@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 import torch
+from numba import njit
 
 from ..errors import FormatError
 
@@ -98,6 +99,45 @@ class SymbolTables:
         frequency = np.take_along_axis(self._table, column, 1).ravel()
         start = np.take_along_axis(self._table.cumsum(1) - self._table, column, 1).ravel()
         return (-(-(1 << 44) // frequency)).astype(np.uint64), (frequency << 16 | start).astype(np.uint32), self._limits
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _code_lengths(symbols, classes, moves, bits, out):
+    counts = np.zeros(2 * LIMIT + 1, np.int64)
+    for row in range(symbols.shape[0]):
+        values, lengths, at, end = symbols[row], out[row], np.uint64(0), np.uint64(classes.size)
+        lengths[:] = 0
+        while at < end:
+            kind, low, high = classes[at], np.int32(LIMIT), np.int32(LIMIT)
+            while at < end and classes[at] == kind:
+                column = max(min(values[at], np.int32(LIMIT)), np.int32(-LIMIT)) + np.int32(LIMIT)
+                low, high = min(low, column), max(high, column)
+                counts[np.uint64(column)] += 1
+                at += np.uint64(1)
+            for column in range(low, high + 1):
+                count = np.float32(counts[np.uint64(column)])
+                if count > 0:
+                    for setting in range(np.uint64(moves.shape[0])):
+                        prices = bits[np.uint64(moves[setting, np.uint64(kind)])]
+                        lengths[setting] += count * prices[np.uint64(column)]
+                    counts[np.uint64(column)] = 0
+
+
+def code_lengths(symbols: torch.Tensor, classes: torch.Tensor, moves: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Bits that rows of symbols take if their classes were others.
+
+    Args:
+        symbols: `[n, M]` int32.
+        classes: Of each place in a row, `[M]` uint8; runs of one class are fastest.
+        moves: The class that takes a class's place in each of `S` settings, `[S, C]` uint8.
+        bits: See `SymbolTables.bits`.
+
+    Returns:
+        `[n, S]` fp32; a value beyond the tables counts as the last in them.
+    """
+    out = torch.empty(len(symbols), len(moves))
+    _code_lengths(*(x.contiguous().numpy() for x in (symbols, classes, moves, bits)), out.numpy())
+    return out
 
 
 def _present(limits: np.ndarray) -> np.ndarray:

@@ -22,8 +22,6 @@ VARIANTS = {
     "heads apart": Ingredients(heads=False),
     "no transform along tokens": Ingredients(tokens=False),
     "no refined tokens": Ingredients(importance=False),
-    "no reconstruction points": Ingredients(points=False),
-    "rounding to the nearest": Ingredients(rounding=False),
 }
 WINDOW = 2048  # tokens fitted to at once
 STEPS = (-6, 0)  # quarter octaves; the rate at a divergence lies on the line through both, in the logarithm

@@ -101,5 +101,5 @@ def fit(
     for name, using in profiles.items():
         codec, report = fit_sequence(sample, gathered.sensitivities, using, progress)
         tensors |= sequence_tensors(codec, name)
-        facts["sequence"][name] = {"base": codec.base, "rounding": codec.rounding, **report}
+        facts["sequence"][name] = {"base": codec.base, **report}
     return SeqKVCalibration(tensors, facts, f"calibration of {config.model_type}")
