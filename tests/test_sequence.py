@@ -83,12 +83,12 @@ def test_pages_do_not_depend_on_threads(predict):
 def test_finer_steps_err_less_and_take_more(predict):
     embedded, layers = make_pages()
     errors, sizes = [], []
-    for step in range(-28, 5, 4):
+    for step in range(-28, 13, 4):
         pages, held, _ = encode(make_codec(predict, step), embedded, layers)
         errors.append((flat(held) - flat(layers)).square().mean().item())
         sizes.append(sum(map(len, pages)))
     assert all(a < b for a, b in itertools.pairwise(errors))
-    assert all(a > b for a, b in itertools.pairwise(sizes))
+    assert all(a > b for a, b in itertools.pairwise(sizes[:9]))  # to step 4: coarser than values, classes are wrong
     assert errors[4] / errors[0] == pytest.approx(4.0**4, rel=0.3)  # four octaves of step
 
 

@@ -6,8 +6,8 @@ tokens sampled from the model, `E[g g^T]` is the Fisher information: an error `e
 learning", 1998.
 
 A few tokens have nearly all of that energy, and those are refined: their errors are smaller by a power of their energy.
-Tokens count by the energy that is then left. At 0.0044 nats from SmolLM2 that takes 0.525 bits a value, where counting
-all of it takes 0.611, and only as much as levels foresee 0.595.
+Tokens count by the energy that is then left. At 0.0044 nats from SmolLM2, fitted to 16,384 tokens whose median was one
+for all windows, that takes 0.525 bits a value; 0.611 where all energy counts, 0.595 where levels say what is left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ..codec import importance
 
 # Of the mean over components: no direction is free, however few samples there were. At equal divergence from SmolLM2,
-# 0.1 takes 6 % more bits even with 2,048 tokens, 0.002 takes 3 % more with 8,192.
+# 0.1 took 6 % more bits even with 2,048 tokens, 0.002 took 3 % more with 8,192, when all energy counted.
 FLOOR = 0.02
 GAIN = 0.5  # of the logarithm of a token's energy that the energy of its error follows
 RIDGE = 20.0  # in standardised features

@@ -41,8 +41,8 @@ from .sensitivity import Sensitivity
 
 COUNTED = 4  # one row in so many is counted: there are plenty
 EMBEDDED = -1  # the name of the embeddings among inputs that are numbers of parts
-# The step at which everything is fitted; at others sizes are measured. What is decoded is near the mean of what it can
-# be, so that predictors fitted to fine inputs suit coarse ones too; those fitted at step 0 cost fine ones 6 % more.
+# The step at which everything is fitted; at others sizes are measured. Predictors fitted to fine inputs suit coarse
+# ones too; those fitted at step 0 cost fine ones 6 % more, when symbols stood for what they were on average.
 FITTED = LADDER[0]
 PRICE = 0.002  # bits a value that an input as wide as a part must save
 FORECAST = 0.00064  # nats a token that step 0 would cost, were errors uniform and small, and no token above most

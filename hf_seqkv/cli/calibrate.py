@@ -99,8 +99,9 @@ def _split(texts: list[str]) -> tuple[list[str], str]:
 def _evaluate(model, tokenizer, text: str, calibration) -> dict:
     """Quality on held-back text of what was fitted and of data-free methods; names the sequence codec's presets.
 
-    How far its divergence is above the `forecast` of the metric of gradients, which knows nothing of how errors of all
-    layers meet, tells whether that has seen enough tokens: 26 to 46 times with 32,768 of SmolLM2's, at 0.2 bits 78.
+    How far its divergence is above the `forecast` of the metric of gradients, which leaves out refined tokens and how
+    errors of all layers meet, tells whether that has seen enough tokens: 26 to 46 times with 32,768 of SmolLM2's, up to
+    78 without prediction.
     """
     from ..eval import quality
     from ..eval.presets import choose_steps

@@ -60,8 +60,8 @@ class UniformQuantizer:
             order = classes.to(torch.int32).argsort(dim=-1, stable=True)
         places = torch.empty(order.shape, dtype=torch.int32)
         places.scatter_(-1, order, torch.arange(order.shape[-1], dtype=torch.int32).expand(order.shape))
-        self.classes, self.steps = classes.gather(-1, order), steps.float()
-        self._places, self._order, self._steps = (x.numpy() for x in (places, order.to(torch.int32), self.steps))
+        self.classes = classes.gather(-1, order)
+        self._places, self._order, self._steps = (x.numpy() for x in (places, order.to(torch.int32), steps.float()))
 
     def quantise(self, x: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Coefficients `[n, M]` fp32, by settings `[n]` int64, to symbols `[n, M]` int32 and what they stand for.
