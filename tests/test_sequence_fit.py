@@ -191,7 +191,27 @@ def test_metric_of_known_gradients():
         floor = extra[:, :1, :1] * torch.eye(dim, dtype=torch.float64)
         torch.testing.assert_close(extra, floor.expand_as(extra), atol=1e-5, rtol=1e-4)
         mean = expected.diagonal(dim1=1, dim2=2).mean(-1)
-        torch.testing.assert_close(extra[:, 0, 0] / mean, torch.full((HEADS,), 0.02).double(), atol=1e-4, rtol=0)
+        share = torch.full((HEADS,), sensitivity.floor(side), dtype=torch.float64)
+        torch.testing.assert_close(extra[:, 0, 0] / mean, share, atol=1e-4, rtol=0)
+
+
+def test_floor_is_as_high_as_windows_disagree():
+    """Lower where all tell of the same directions, and with more tokens; high where each has directions of its own."""
+    steep, turned = 10.0 ** -torch.arange(0, 2, 2 / DIM), torch.linalg.qr(torch.randn(4, DIM, DIM))[0]
+
+    def floor(count, turns):
+        sensitivity = Sensitivity((4, 4))
+        for turn in turns:
+            x, gradients = [torch.randn(count, HEADS, DIM)] * 2, [torch.randn(count, HEADS, DIM) * steep @ turn] * 2
+            sensitivity.add(x, gradients, torch.arange(count), torch.full((count,), count), count)
+        return sensitivity.floor(0)
+
+    same = turned[:1].expand(4, -1, -1)
+    alike, few, apart = floor(4000, same), floor(3, same), floor(4000, turned)
+    assert alike < few < apart
+    assert alike < 0.01
+    assert apart > 0.2
+    assert floor(4000, turned[:1]) == 1  # of one window nothing is known
 
 
 def test_a_token_above_most_counts_by_what_refinement_leaves():
@@ -204,7 +224,7 @@ def test_a_token_above_most_counts_by_what_refinement_leaves():
     sensitivity.add([x] * 2, [gradients] * 2, torch.arange(count), queries, 9)
     g = gradients.double() * sizes.double().clamp_min(1)[:, None, None] ** -GAIN
     expected = torch.einsum("nhi,nhj->hij", g, g) / count
-    expected += 0.02 * expected.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(DIM)
+    expected += expected.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(DIM)  # the floor of one window
     for side in range(2):
         torch.testing.assert_close(sensitivity.metric(side), expected, rtol=1e-4, atol=1e-4 * expected.max().item())
 

@@ -36,6 +36,7 @@ from ..codec.sequence_part import (
     sources,
 )
 from ..codec.symbol_tables import LIMIT, SymbolTables
+from .layout import SIDES
 from .regression import Regression
 from .sensitivity import Sensitivity
 
@@ -139,8 +140,9 @@ def fit_sequence(
         using: Without prediction pages decode faster and take more bytes; without any other they only take more.
 
     Returns:
-        The codec, and a report: for every layer and side `left` (variance that prediction leaves, held out), and
-        `forecast`, nats a token that the errors of each step cost by the metric, were they small and apart.
+        The codec, and a report: for every layer and side `left` (variance that prediction leaves, held out) and `floor`
+        (see `Sensitivity.floor`), and `forecast`, nats a token that the errors of each step cost by the metric, were
+        they small and apart.
     """
     values = sum(x.shape[1] * x.shape[3] for x in (*sample.keys, *sample.values))
     base = (24 * FORECAST / values) ** 0.5
@@ -196,7 +198,8 @@ def fit_sequence(
     for index, part in enumerate(parts):
         sizes, refined = (torch.stack([measured[index, step][i] for step in LADDER]) for i in range(2))
         done.append(replace(part, sizes=sizes, refined=refined))
-    report = {"left": {"key": left[::2], "value": left[1::2]}, "forecast": forecast}
+    floors = {side: [of.floor(i) for of in sensitivities] for i, side in enumerate(SIDES)}
+    report = {"left": {"key": left[::2], "value": left[1::2]}, "floor": floors, "forecast": forecast}
     return SequenceCodec(done, along, tally.tables(), base, 0), report
 
 

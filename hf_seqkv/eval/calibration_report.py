@@ -43,7 +43,8 @@ def facts(calibration: SeqKVCalibration, step: int | str) -> dict:
             row["hot_widths"] = {int(w): (widths == w).float().mean().item() for w in widths.unique()}
             row["rates"] = {name: found[2 * layer + i] for name, found in rates.items()}
             row["inputs"] = {name: sum(codec.parts[2 * layer + i].inputs) for name, codec in profiles.items()}
-            row["left"] = {name: config["sequence"][name]["left"][side][layer] for name in profiles}
+            for key in ("left", "floor"):
+                row[key] = {name: config["sequence"][name][key][side][layer] for name in profiles}
             rows.append(row)
     made = {name: config.get(name) for name in ("base_model", "tokens", "window", "seed", "held", "quality")}
     presets = {name: config["sequence"][name].get("presets") for name in profiles}
@@ -53,17 +54,19 @@ def facts(calibration: SeqKVCalibration, step: int | str) -> dict:
 def table(found: dict) -> str:
     """A line a layer and side."""
     profiles = list(found["layers"][0]["rates"])
-    titles = "".join(f"{name + ' from':>12}{'left':>7}{'bits':>7}" for name in profiles)
+    titles = "".join(f"{name + ' from':>12}{'left':>7}{'floor':>8}{'bits':>7}" for name in profiles)
+    what = "components predicted from, variance left (held out), floor of the metric, predicted bits a value"
     lines = [
         "hot: mean bits a code",
-        *(f"{name}: components predicted from, variance left (held out), predicted bits a value" for name in profiles),
+        *(f"{name}: {what}" for name in profiles),
         "",
         f"{'layer':>5} {'side':<6}{'hot':>6}{titles}",
     ]
     for row in found["layers"]:
         line = f"{row['layer']:>5} {row['side']:<6}{row['hot_bits']:>6.2f}"
-        cells = (f"{row['inputs'][p]:>12}{row['left'][p]:>7.3f}{row['rates'][p]:>7.3f}" for p in profiles)
-        lines.append(line + "".join(cells))
+        for p in profiles:
+            line += f"{row['inputs'][p]:>12}{row['left'][p]:>7.3f}{row['floor'][p]:>8.4f}{row['rates'][p]:>7.3f}"
+        lines.append(line)
     for name in profiles:
         mean = sum(row["rates"][name] for row in found["layers"]) / len(found["layers"])
         lines.append(
