@@ -73,7 +73,8 @@ def test_inspect(saved, tmp_path, capsys):
 
 def test_predicted_rates_fall_with_the_step():
     made = make(tokens=792, window=264, sequence=True)
-    rates = [sum(calibration_report.predicted_rates(made.sequence_codec("light", step))) for step in (-8, 0, 8)]
+    steps = 4, 12, 20  # random weights: at finer ones values escape
+    rates = [sum(calibration_report.predicted_rates(made.sequence_codec("light", step))) for step in steps]
     assert rates[0] > rates[1] > rates[2] > 0
 
 

@@ -12,7 +12,10 @@ from ..codec.symbol_tables import LIMIT, TOTAL
 
 
 def predicted_rates(codec: SequenceCodec) -> list[float]:
-    """Bits a value of each part, were its symbols distributed as the tables say; levels and refinements included."""
+    """Bits a value of each part, were its symbols distributed as the tables say.
+
+    Levels and refinements are included; of values beyond the tables only that they are.
+    """
     shares = codec.tables.frequencies.double() / TOTAL
     entropy = -(shares * shares.clamp_min(1e-12).log2()).sum(1)
     found = []
