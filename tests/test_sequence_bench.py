@@ -71,6 +71,15 @@ def test_inspect(saved, tmp_path, capsys):
         assert row["inputs"]["light"] == 0
 
 
+def test_a_calibration_without_floors_is_shown():
+    """One that was fitted when all layers had the same."""
+    made = make(tokens=792, window=264, sequence=True)
+    floors = {name: of.pop("floor") for name, of in made.config["sequence"].items()}
+    found = calibration_report.facts(made, 0)
+    assert all(set(row["floor"]) == set(floors) and not any(row["floor"].values()) for row in found["layers"])
+    assert " - " in calibration_report.table(found)
+
+
 def test_predicted_rates_fall_with_the_step():
     made = make(tokens=792, window=264, sequence=True)
     steps = 4, 12, 20  # random weights: at finer ones values escape

@@ -46,8 +46,9 @@ def facts(calibration: SeqKVCalibration, step: int | str) -> dict:
             row["hot_widths"] = {int(w): (widths == w).float().mean().item() for w in widths.unique()}
             row["rates"] = {name: found[2 * layer + i] for name, found in rates.items()}
             row["inputs"] = {name: sum(codec.parts[2 * layer + i].inputs) for name, codec in profiles.items()}
-            for key in ("left", "floor"):
-                row[key] = {name: config["sequence"][name][key][side][layer] for name in profiles}
+            row["left"] = {name: config["sequence"][name]["left"][side][layer] for name in profiles}
+            floors = {name: config["sequence"][name].get("floor") for name in profiles}  # None: fitted with one for all
+            row["floor"] = {name: found and found[side][layer] for name, found in floors.items()}
             rows.append(row)
     made = {name: config.get(name) for name in ("base_model", "tokens", "window", "seed", "held", "quality")}
     presets = {name: config["sequence"][name].get("presets") for name in profiles}
@@ -68,7 +69,8 @@ def table(found: dict) -> str:
     for row in found["layers"]:
         line = f"{row['layer']:>5} {row['side']:<6}{row['hot_bits']:>6.2f}"
         for p in profiles:
-            line += f"{row['inputs'][p]:>12}{row['left'][p]:>7.3f}{row['floor'][p]:>8.4f}{row['rates'][p]:>7.3f}"
+            floor = "-" if row["floor"][p] is None else f"{row['floor'][p]:.4f}"
+            line += f"{row['inputs'][p]:>12}{row['left'][p]:>7.3f}{floor:>8}{row['rates'][p]:>7.3f}"
         lines.append(line)
     for name in profiles:
         mean = sum(row["rates"][name] for row in found["layers"]) / len(found["layers"])
