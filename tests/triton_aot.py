@@ -36,7 +36,7 @@ _SOURCES = ("variants", "_constants", "compile_kernel")  # what of this file dec
 # In a loop nothing may be spilt. Outside, once a program, these bytes may, written and read: with as many registers as
 # that takes fewer programs would fit a multiprocessor.
 SPILT = {
-    "4x4 d128, mask": {"sm_120": 48},
+    "4x4 d128, mask": {"sm_90": 24, "sm_120": 48},
     "encode_kernel, mixed widths": {"sm_90": 8, "sm_100": 8},
 }
 

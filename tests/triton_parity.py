@@ -146,14 +146,14 @@ def test_tables(chosen):
     assert error(out, reference.attend_codes(query, view, mask, scoring)) < TABLES
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("expand", ["gathered", "tables"])
-def test_half_precision(dtype, expand):
+def test_precisions(dtype, expand):
+    """Of queries and dense windows; the tokens of a side table are held in bf16."""
     query, view, mask, scoring = build(case(steps=2, half=32, side=3, sink_logits=True))
-    runs = {
-        name: dataclasses.replace(part, k=part.k.to(dtype), v=part.v.to(dtype))
-        for name, part in (("sinks", view.sinks), ("recent", view.recent), ("side", view.side))
-    }
+    kinds = {"sinks": dtype, "recent": dtype, "side": torch.bfloat16}
+    parts = {name: getattr(view, name) for name in kinds}
+    runs = {name: dataclasses.replace(x, k=x.k.to(kinds[name]), v=x.v.to(kinds[name])) for name, x in parts.items()}
     view, query = dataclasses.replace(view, **runs), query.to(dtype)
     with expanding(expand == "tables"):
         out = attend(query, view, mask, scoring)

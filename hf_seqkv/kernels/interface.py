@@ -71,6 +71,8 @@ class LayerView:
         length: Slots seen, the new tokens included. Query `i` of `Tq` has slot `length - Tq + i`.
         offset: Slot of the mask's first column.
         side: Tokens taken out of pages, or None.
+        live: `numbers.table_of` int32 on the device, for a step that is recorded: what it holds when the step is
+            replayed counts, and lists and `length` say how much there can be. None where they count.
     """
 
     codec: PageCodec
@@ -83,6 +85,7 @@ class LayerView:
     length: int
     offset: int
     side: SideTable | None = None
+    live: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

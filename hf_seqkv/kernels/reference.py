@@ -13,6 +13,7 @@ import torch
 from ..codec.center import Center
 from ..codec.page import PageCodec
 from .interface import LayerView, Scoring
+from .numbers import settled
 
 RUN = 1024  # tokens decoded at once
 
@@ -29,6 +30,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     Returns:
         `[B, Tq, Hq, Dv]`, contiguous, in the query's dtype. A query that sees nothing gets zeros.
     """
+    view = settled(view)
 
     def decode(first: int, last: int):
         k, v = (x.float() for x in view.codec.decode(view.pages[:, first:last]))

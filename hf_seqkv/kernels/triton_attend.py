@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codec.page import PageCodec, QuantizedPageCodec
 from .interface import LayerView, Scoring
+from .numbers import most_splits, table_of
 from .triton_launch import Forms, on_device_of, seen_of, written
 from .triton_partials import partials, partials_options
 from .triton_rows import CHUNK, OPTIONS, SLICE, combine, pages_scored, prepare, prepare_options, record_size
@@ -88,15 +89,11 @@ def _power(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def pages_each(count: int) -> int:
-    """Pages a program takes of a row with `count`: few enough that short rows fill a GPU, too."""
-    return min(max(_power(count, 1) // 64, 1), 16)
-
-
 def _numbers(view: LayerView, device: torch.device) -> torch.Tensor:
-    """What the kernels need to know of each row, `[7, B]` int32; the layers of a step share it."""
-    dense = view.sinks.slots, view.sinks.begin, view.recent.slots, view.recent.begin
-    rows = tuple(map(tuple, (view.counts, view.page_slots, *dense, map(pages_each, view.counts))))
+    """What the kernels need to know of each row, `numbers.table_of`; the layers of a step share it."""
+    if view.live is not None:
+        return view.live
+    rows = table_of(view)
     if device.type != "cuda":
         return torch.tensor(rows, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
@@ -167,12 +164,13 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     ]  # fmt: skip
     query, pages = _dense_last(query), _dense_last(view.pages)
     runs = [_run(run.k, run.v) for run in (view.sinks, view.recent)]
-    runs.append((ints, ints, 0) if side is None else _run(side.k, side.v))
+    # One program reads either: pointers of one type.
+    runs.append((ints, ints, 0) if side is None else _run(*(x.to(view.recent.k.dtype) for x in (side.k, side.v))))
     tensors, rooms = [x for k, v, _ in runs for x in (k, v)], [room for *_, room in runs]
     listed = ints if side is None else side.slots.contiguous()
     sinks, recents = (run.k.shape[2] for run in (view.sinks, view.recent))
     sides = 0 if side is None else side.k.shape[2]
-    splits = max((-(-n // pages_each(n)) for n in view.counts), default=0)
+    splits = most_splits(view)
     longest = recents - min(view.recent.begin, default=0)
     parts = splits + sum(-(-n // CHUNK.value) for n in (sinks, longest, sides))
 
@@ -191,7 +189,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     out = torch.empty(batch, steps, query_heads, value_dim, dtype=query.dtype, device=device)
     cap = float(scoring.softcap or 0)
     ahead = 0 if scoring.causal and mask is None else FAR
-    limits = (steps, view.length, view.offset, scoring.window or FAR, ahead, cap)
+    limits = (steps, scoring.window or FAR, ahead, cap)
     shape = {
         "H": heads, "ROWS": rows, "RB": block, "RP": some, "D": dim, "DP": dp, "DV": value_dim,
         "CENTER": view.center is not None, "SOFTCAP": cap > 0,
@@ -209,7 +207,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         prepare, (blocks, dp // SLICE.value + parts - splits + scorers, 1), form,
         [query, scoring.scaling * 1.4426950408889634, key.matrix, key.norm, key.mean, key.middle, mean, prepared,
          *tensors, listed, ints, bias, sums, starts, relative, scores, *query.stride()[:3], *rooms, *strides,
-         starts_room, batch, parts, splits, sinks, recents, sides, room, *limits],
+         starts_room, batch, parts, splits, sinks, sides, room, *limits],
         lambda: shape | {
             "DVP": dvp, "HALF": half, "HP": wide, "PAGES": each, "TILES": tiles, "INTERLEAVED": interleaved,
             "SIDE": side is not None, "PRECISION": "tf32x3" if nvidia else "ieee", **options,

@@ -53,7 +53,7 @@ def partials(
     key_tables, key_levels, key_widths, key_offsets,
     value_tables, value_levels, value_widths, value_offsets, value_middle,
     batch_words, page_words, key_codes, key_scales, value_codes, value_scales, mb, mh, ms,
-    batch, parts, room, steps, length, offset, window, ahead, softcap,
+    batch, parts, room, steps, window, ahead, softcap,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     KEYS: tl.constexpr, KU: tl.constexpr, VALUES: tl.constexpr, VU: tl.constexpr, RP: tl.constexpr,
     CENTER: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, NARROW: tl.constexpr,
@@ -76,6 +76,7 @@ def partials(
     begin, end = split * each, tl.minimum(count, (split + 1) * each)
     if begin >= count:
         return
+    length, offset = tl.load(ints + 8 * batch + b), tl.load(ints + 9 * batch + b)
     # Pages that some row sees, [begin, end), and those inside that every row sees whole, [first, last).
     begin = tl.maximum(begin, tl.maximum(tl.maximum(length - steps - window + 1, offset) - slot0, 0) // 64)
     end = tl.maximum(tl.minimum(end, tl.maximum(length + ahead - slot0 + 63, 0) // 64), begin)

@@ -63,7 +63,7 @@ def prepare(
     query, scale, matrix, norm, key_mean, key_middle, center_mean, prepared,
     sink_k, sink_v, recent_k, recent_v, side_k, side_v, side_slots, ints, mask, sums, starts, relative, scores,
     qb, qh, qt, sink_room, recent_room, side_room, mb, mh, ms, starts_room,
-    batch, parts, splits, sinks, recents, sides, room, steps, length, offset, window, ahead, softcap,
+    batch, parts, splits, sinks, sides, room, steps, window, ahead, softcap,
     H: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, INTERLEAVED: tl.constexpr, CENTER: tl.constexpr,
     RP: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
@@ -72,12 +72,13 @@ def prepare(
     """A head and block of rows: in its first `DP / SLICE` programs a slice of what `partials` needs, then as many
     dense tokens as a part has; those that remain share the constant part's scores, of `PAGES` pages at a time.
 
-    Runs of dense tokens are `[B, H, room, D]`: the first `sinks`, `recents` and `sides` of them.
+    Runs of dense tokens are `[B, H, room, D]`: the first `sinks` and `sides` of them, of recent ones as `ints` says.
     """
     SLICES: tl.constexpr = DP // SLICE
     block, which = tl.program_id(0), tl.program_id(1)
     pair, part = block // tl.cdiv(ROWS, RB), block % tl.cdiv(ROWS, RB)
     b, h = pair // H, pair % H
+    length, offset = tl.load(ints + 8 * batch + b), tl.load(ints + 9 * batch + b)
     LANES: tl.constexpr = RB if RB > 8 else 8  # as few as matrix units take
     lane = tl.arange(0, LANES)
     r = part * RB + lane
@@ -135,7 +136,7 @@ def prepare(
             k, v = sink_k + at * sink_room * D, sink_v + at * sink_room * DV
         else:
             token = tl.load(ints + 5 * batch + b) + (chunk - sink_chunks) * CHUNK + tl.arange(0, CHUNK)
-            there = token < recents
+            there = token < tl.load(ints + 7 * batch + b)
             slot = tl.load(ints + 4 * batch + b) + token
             k, v = recent_k + at * recent_room * D, recent_v + at * recent_room * DV
         if SIDE:  # noqa: SIM102 - known to the compiler, and then to the program
@@ -168,9 +169,10 @@ def prepare(
         each = query + b.to(tl.int64) * qb + (h * groups + own // steps).to(tl.int64) * qh + (own % steps) * qt
         lines, _slots = mask_row(b, h, own % ROWS, groups, steps, length, mb, mh, ms)
         before = SLICES + parts - splits
+        begin = b.to(tl.int64) * starts_room + tl.load(ints + 10 * batch + b)
         score_pages(
-            each, center_mean + pair * D, scale, own < ROWS, starts + b.to(tl.int64) * starts_room * (2 * HALF),
-            relative, scores + block.to(tl.int64) * room * 64 * RP, which - before, tl.num_programs(1) - before,
+            each, center_mean + pair * D, scale, own < ROWS, starts + begin * (2 * HALF), relative,
+            scores + block.to(tl.int64) * room * 64 * RP, which - before, tl.num_programs(1) - before,
             tl.load(ints + b), mask, lines, tl.load(ints + batch + b), offset,
             HALF, HP, RP, PAGES, TILES, INTERLEAVED, 0 if SOFTCAP else MASK,
         )  # fmt: skip

@@ -13,8 +13,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4e38)  # of a maximum, so that differences of maxima are numbers
 # What changes from step to step, or with the batch or a mask, is not worth a compilation.
 VARY = [
-    *("batch", "parts", "splits", "sinks", "recents", "sides", "room", "sink_room", "recent_room", "side_room"),
-    *("length", "offset", "window", "ahead", "mb", "mh", "ms", "starts_room", "starts_b", "count"),
+    *("batch", "parts", "splits", "sinks", "sides", "room", "sink_room", "recent_room", "side_room"),
+    *("window", "ahead", "mb", "mh", "ms", "starts_room", "starts_b", "count"),
 ]
 
 

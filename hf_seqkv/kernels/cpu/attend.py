@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..interface import LayerView, Scoring
+from ..numbers import settled
 from . import attend_worker as worker
 from . import paged, threads
 from .call import CALL, DENSE, FIXED, SPLIT
@@ -103,6 +104,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
 
     Short contexts are decoded in some tens of microseconds a layer, so that what is done here counts.
     """
+    view = settled(view)
     batch, query_heads, steps, dim = query.shape
     template, counts, pages = _template(view.codec), view.counts, view.pages
     heads, value_dim = template.heads, template.value_dim
