@@ -48,6 +48,7 @@ class SeqKVConfig:
         prefix_store: Directory or URL of a prefix store, or a `PrefixStore`: prompts that begin like earlier ones load
             what those left there.
         offload: Keep pages in host memory, and bring a layer's to its device when it attends (layers on a GPU only).
+        cuda_graphs: In `generate` on a CUDA device, record a step as a CUDA graph and replay it where that is possible.
         backend: `"auto"`, `"reference"` (torch), `"cpu"` (numba) or `"triton"`. `HF_SEQKV_BACKEND` overrides `"auto"`.
         key_bits, value_bits: Bits a code: 2, 3, 4, 5, 6 or 8 (data-free method only, as all that follow).
         rotation: `"hadamard"` with random signs (head dims that are a power of two, else `"orthogonal"`), or
@@ -69,6 +70,7 @@ class SeqKVConfig:
     residual_length: int = 32
     prefix_store: Any = None
     offload: bool = False
+    cuda_graphs: bool = True
     backend: str = "auto"
     key_bits: int | None = None
     value_bits: int | None = None
@@ -95,9 +97,9 @@ class SeqKVConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value not in BITS):
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, BITS))}")
-        for name in ("center_keys", "offload"):
+        for name in ("center_keys", "offload", "cuda_graphs"):
             value = getattr(self, name)
-            if not isinstance(value, bool) and (value is not None or name == "offload"):
+            if not isinstance(value, bool) and (value is not None or name != "center_keys"):
                 raise ConfigError(f"{name}={value!r} must be True or False")
 
     def _check_method(self) -> None:
@@ -163,8 +165,9 @@ class SeqKVConfig:
         """Options that are set, as JSON types; a calibration object is named by its source."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         options = {name: value for name, value in options.items() if value is not None}
-        if not self.offload:
-            del options["offload"]  # what was stored before there was such an option has none
+        for name, default in (("offload", False), ("cuda_graphs", True)):
+            if getattr(self, name) == default:
+                del options[name]  # what was stored before there was such an option has none
         for name, told in (("calibration", "source"), ("prefix_store", "url")):
             if name in options:
                 options[name] = str(getattr(options[name], told, options[name]))

@@ -1,16 +1,21 @@
 """On a real GPU: the whole cache, with the Triton kernels, side streams, pinned memory. Skipped where there is none."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from kernel_cases import Case, build
 from models import CONFIGS, prompt, tiny
+from test_held import by_content, holding
 
 from hf_seqkv import SeqKVCache
+from hf_seqkv.errors import SeqKVWarning
 from hf_seqkv.eval.bench_cuda import on_device
+from hf_seqkv.integration import graphed_steps
 from hf_seqkv.integration.compat import CACHE_NAME
 from hf_seqkv.integration.state import state_of
+from hf_seqkv.integration.step_graph import StepGraph
 from hf_seqkv.store.prefix_store import PrefixStore
 
 triton_attend = pytest.importorskip("hf_seqkv.kernels.triton_attend", reason="triton is not installed")
@@ -28,11 +33,8 @@ def on_gpu(name, dtype=torch.float32):
 def generated(model, options, pads=(0, 30), tokens=170, **more):
     ids, mask = (x.to(DEVICE) for x in prompt(len(pads), tokens, pads))
     cache = SeqKVCache(config=model.config, **options)
-    out = model.generate(
-        ids, attention_mask=mask, **{CACHE_NAME: cache}, return_dict_in_generate=True, output_logits=True,
-        do_sample=False, **{"max_new_tokens": 70} | more,
-    )  # fmt: skip
-    return out, cache
+    asked = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "max_new_tokens": 70} | more
+    return model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **asked), cache
 
 
 def assert_same(mine, other):
@@ -112,7 +114,7 @@ def test_memory_is_what_is_said():
 def test_offloaded_pages(name, more):
     """Copies on a side stream, from pinned memory, beside the computation: the same bits."""
     model = on_gpu(name)
-    wanted, plain = generated(model, OPTIONS, **more)
+    wanted, plain = generated(model, OPTIONS | {"cuda_graphs": False}, **more)
     found, cache = generated(model, OPTIONS | {"offload": True}, **more)
     assert cache.layers[0].pages.device.type == "cpu"
     assert cache.layers[0].pages.is_pinned()
@@ -174,3 +176,92 @@ def test_a_compiled_model_generates_the_same():
     model.forward = torch.compile(model.forward, backend="aot_eager")
     found, _ = generated(model, FINE, (0,))
     assert torch.equal(found.sequences, wanted.sequences)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Steps that were replayed."""
+    found, step = [], StepGraph.step
+    monkeypatch.setattr(StepGraph, "step", lambda self, given: (found.append(given), step(self, given))[1])
+    return found
+
+
+def assert_near(mine, other):
+    for x, y in zip(mine.logits, other.logits, strict=True):
+        assert (x - y).abs().max() < 1e-3 * y.abs().max()
+    assert torch.equal(mine.sequences, other.sequences)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("pads", [(0,), (0, 5, 40)], ids=str)
+def test_replayed_steps_are_those_of_the_forward(name, pads, replays):
+    model = on_gpu(name)
+    out, cache = generated(model, FINE, pads, max_new_tokens=150)
+    assert len(replays) > 100
+    replays.clear()
+    wanted, plain = generated(model, FINE | {"cuda_graphs": False}, pads, max_new_tokens=150)
+    assert not replays
+    assert_near(out, wanted)
+    assert [x.counts for x in cache.layers] == [x.counts for x in plain.layers]
+
+
+@pytest.mark.filterwarnings("ignore:<memory> was made with other weights")  # in fp32
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_replayed_steps_in_half_precision_with_held_tokens(dtype, replays):
+    model = on_gpu("llama", dtype)
+    options = {"calibration": holding("llama", by_content), "residual_length": 8}
+    out, cache = generated(model, options, max_new_tokens=150)
+    assert len(replays) > 60
+    assert max(cache.layers[0].held.counts) > 0
+    wanted, _ = generated(model, options | {"cuda_graphs": False}, max_new_tokens=150)
+    assert torch.equal(out.sequences[:, :200], wanted.sequences[:, :200])
+
+
+def test_sampling_is_replayed(replays):
+    model, found = on_gpu("llama"), []
+    for graphs in (True, False):
+        torch.manual_seed(3)
+        options = FINE | {"cuda_graphs": graphs}
+        found.append(generated(model, options, do_sample=True, temperature=0.1)[0].sequences)
+    assert len(replays) > 40
+    assert torch.equal(*found)
+
+
+def test_a_forward_that_waits_for_the_gpu_is_refused(replays):
+    """The recording fails, the warning says so, and everything works as before."""
+    model = on_gpu("llama")
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+
+    def waiting(x):
+        return forward(x) if x.sum().item() < 1e9 else x
+
+    with mock.patch.object(mlp, "forward", waiting), mock.patch.object(graphed_steps, "_SAID", set()):
+        with pytest.warns(SeqKVWarning, match="steps of LlamaForCausalLM are not replayed as CUDA graphs"):
+            out, _ = generated(model, FINE)
+        assert not replays
+    wanted, _ = generated(model, FINE)
+    assert len(replays) > 40
+    assert_near(out, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
+def test_a_replayed_step_copies_little():
+    """Beside the graph, Python starts few kernels and waits for none."""
+    model = on_gpu("llama", torch.bfloat16)
+    cache = SeqKVCache(config=model.config, **OPTIONS)
+    ids = prompt(1, 200)[0].to(DEVICE)
+    cache.expected_length = 1000
+    steps = graphed_steps.Steps(model, cache)
+    with torch.no_grad():
+        model(ids[:, :180], **{CACHE_NAME: cache})
+        for i in range(180, 190):
+            steps(input_ids=ids[:, i : i + 1], position_ids=torch.tensor([[i]], device=DEVICE), **{CACHE_NAME: cache})
+        position = torch.tensor([[190]], device=DEVICE)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            steps(input_ids=ids[:, 190:191], position_ids=position, **{CACHE_NAME: cache})
+    calls = {event.key: event.count for event in found.key_averages()}
+    assert calls["cudaGraphLaunch"] == 1
+    assert calls.get("cudaLaunchKernel", 0) < 20
+    assert "cudaStreamSynchronize" not in calls

@@ -164,8 +164,8 @@ def _add_decode(pieces) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights (both)")
     # as many as a default page has tokens: each cache of ours then makes a page exactly once
     add_count(parser, "--new-tokens", 64, "steps of each cache", kind=several)
-    caches = ("dynamic", "static", "seqkv")
-    parser.add_argument("--caches", nargs="+", choices=caches, default=caches, help="which (dynamic static seqkv)")
+    caches = ("dynamic", "static", "compiled", "seqkv-eager", "seqkv")
+    parser.add_argument("--caches", nargs="+", choices=caches, help="which (dynamic static seqkv; on a GPU all)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads (torch's default)")
     parser.add_argument("--device", default="cpu", help="of the model, such as cuda (cpu)")
     add_count(parser, "--batch", 1, "sequences, all the same")
@@ -200,7 +200,7 @@ def _run_decode(args: argparse.Namespace) -> int:
             torch.set_num_threads(threads)
             for context in args.context:
                 ids = tokens(context).to(args.device).repeat(args.batch, 1)
-                caches = tuple(dict.fromkeys(args.caches))
+                caches = tuple(dict.fromkeys(args.caches or ()))
                 runs.append({"dtype": dtype, **bench_decode.bench(model, ids, args.new_tokens, caches, options)})
     finally:
         torch.set_num_threads(before)

@@ -2,11 +2,15 @@
 
 Every cache is filled by a prefill of the same prompt; then the caches take single steps in turn. Weights take most of a
 small model's step, so this is what a user gains, where `bench_kernels` shows what a layer's attention gains.
+
+Steps run as `generate` runs them: on a GPU ours are replayed as CUDA graphs (`"seqkv-eager"` are not), and those of a
+`StaticCache` compiled (`"compiled"`; `"static"` are not).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from tqdm.auto import tqdm
@@ -16,12 +20,13 @@ from ..config import SeqKVConfig
 from ..errors import ConfigError
 from ..integration.cache import SeqKVCache
 from ..integration.compat import CACHE_NAME
+from ..integration.graphed_steps import Steps
 from ..integration.layer import SeqKVLayer
 from . import passages, roofline_model
 from .bench_timing import spread, with_speedup
 
-CACHES = ("dynamic", "static", "seqkv")
-DENSE = ("dynamic", "static")
+CACHES = {"cpu": ("dynamic", "static", "seqkv"), "cuda": ("dynamic", "static", "compiled", "seqkv-eager", "seqkv")}
+OURS = ("seqkv", "seqkv-eager")
 TEXT = 4096  # tokens of a real text, which the demo's has
 
 
@@ -69,16 +74,28 @@ def prompt(tokenizer, length: int) -> torch.Tensor:
 
 
 def make_cache(name: str, config, room: int, options: dict):
-    """An empty cache, `"dynamic"`, `"static"` of `room` tokens, or `"seqkv"` with `options`."""
-    if name == "seqkv":
-        return SeqKVCache(config=config, **options)
+    """An empty cache, `"dynamic"`, `"static"` or `"compiled"` of `room` tokens, or one of ours with `options`."""
+    if name in OURS:
+        cache = SeqKVCache(config=config, **options)
+        cache.expected_length = room
+        return cache
     return DynamicCache(config=config) if name == "dynamic" else StaticCache(config=config, max_cache_len=room)
 
 
-def forward(model, ids: torch.Tensor, cache) -> float:
-    """Seconds of one forward of `ids [B, T]` through a cache, a GPU's work included."""
+def stepper(name: str, model, cache) -> Callable:
+    """What runs steps of a model through a cache of that name."""
+    if name == "compiled":
+        return model.get_compiled_call(None)
+    if name == "seqkv" and model.device.type == "cuda" and cache.seqkv_config.cuda_graphs:
+        return Steps(model, cache)
+    return model
+
+
+def forward(model: Callable, ids: torch.Tensor, cache, first: int = 0) -> float:
+    """Seconds of one forward of `ids [B, T]`, at positions from `first`, through a cache, a GPU's work included."""
+    positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
     start = time.perf_counter()
-    model(ids, **{CACHE_NAME: cache}, logits_to_keep=1)
+    model(input_ids=ids, position_ids=positions, **{CACHE_NAME: cache}, logits_to_keep=1)
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)
     return time.perf_counter() - start
@@ -101,7 +118,7 @@ def bench(
     model,
     ids: torch.Tensor,
     new_tokens: int,
-    caches: tuple[str, ...] = CACHES,
+    caches: tuple[str, ...] | None = None,
     options: dict | None = None,
     progress: bool = True,
 ) -> dict:
@@ -111,6 +128,7 @@ def bench(
         model: A causal language model.
         ids: The prompts, `[B, T]`, on its device. Their first tokens are fed again as the new ones, to all caches.
         new_tokens: Steps of each cache, at least 2. Every `page_size` steps one of them makes a page.
+        caches: Which; by default `CACHES` of the device.
         options: Fields of `SeqKVConfig`.
 
     Returns:
@@ -120,34 +138,37 @@ def bench(
         ConfigError: More steps than the prompt has tokens, or an invalid option.
     """
     options, context = options or {}, ids.shape[1]
+    caches = caches or CACHES[ids.device.type]
     config = SeqKVConfig.from_dict(options)
     if new_tokens > context:
         raise ConfigError(f"{new_tokens} new tokens are more than the context's {context}; ask for fewer")
-    _warm_up(model, ids[:, : config.n_sink + config.residual_length + 3 * config.page_size], caches, options)
+    few = min(context, config.n_sink + config.residual_length + 3 * config.page_size)
+    _warm_up(model, ids[:, :few], caches, context + new_tokens, options)
     total = len(caches) * (context + new_tokens)
     with tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
-        held, clocks, prefill = {}, {}, {}
+        held, clocks, prefill, steppers = {}, {}, {}, {}
         for name in caches:
             bar.set_description(f"{name}: prefill")
             held[name] = make_cache(name, model.config, context + new_tokens, options)
             clocks[name] = PageClock(held[name])
             prefill[name] = forward(model, ids, held[name])
+            steppers[name] = stepper(name, model, held[name])
             bar.update(context)
         prefill_pages = {name: clock.seconds for name, clock in clocks.items()}
         bar.set_description("decode")
         times: dict[str, list[float]] = {name: [] for name in caches}
-        made = 0
+        made = dict.fromkeys(caches, 0)
         for i in range(new_tokens):
             for name, cache in held.items():
                 before = clocks[name].pages
-                times[name].append(forward(model, ids[:, i : i + 1], cache))
-                made += clocks[name].pages > before
+                times[name].append(forward(steppers[name], ids[:, i : i + 1], cache, context + i))
+                made[name] += clocks[name].pages > before
                 bar.update()
     steps = {name: {"step": spread(times[name]), "step_seconds": times[name]} for name in caches}
     found, baseline = against_dense(steps)
     for name, entry in found.items():
         entry |= {"tokens_per_second": len(ids) / entry["step"]["median"], "prefill_seconds": prefill[name]}
-        if name == "seqkv":
+        if name in OURS:
             decode = clocks[name].seconds - prefill_pages[name]
             entry["memory"] = held[name].memory()
             entry["pages"] = {
@@ -155,7 +176,7 @@ def bench(
                 "prefill_share": prefill_pages[name] / prefill[name],
                 "decode_seconds": decode,
                 "decode_share": decode / sum(times[name]),
-                "steps": made,
+                "steps": made[name],
             }
     sizes = {"context": context, "batch": len(ids), "new_tokens": new_tokens}
     return {**sizes, "baseline": baseline, "caches": found}
@@ -163,7 +184,7 @@ def bench(
 
 def against_dense(found: dict[str, dict]) -> tuple[dict[str, dict], str | None]:
     """Entries with `speedup` against the faster dense cache, and its name; both None where there is none."""
-    dense = {name: entry["step"]["median"] for name, entry in found.items() if name in DENSE}
+    dense = {name: entry["step"]["median"] for name, entry in found.items() if name not in OURS}
     if not dense:
         return {name: entry | {"speedup": None} for name, entry in found.items()}, None
     baseline = min(dense, key=dense.get)
@@ -171,9 +192,11 @@ def against_dense(found: dict[str, dict]) -> tuple[dict[str, dict], str | None]:
     return {name: entry | {"speedup": gains[name]["speedup"]} for name, entry in found.items()}, baseline
 
 
-def _warm_up(model, ids: torch.Tensor, caches, options: dict) -> None:
+def _warm_up(model, ids: torch.Tensor, caches, room: int, options: dict) -> None:
     """The same path on a few tokens, enough for two pages: kernels are compiled and memory is mapped."""
     for name in caches:
-        cache = make_cache(name, model.config, ids.shape[1] + 4, options)
-        for part in (ids, *(ids[:, i : i + 1] for i in range(4))):
-            forward(model, part, cache)
+        cache = make_cache(name, model.config, room, options)
+        forward(model, ids, cache)
+        step = stepper(name, model, cache)
+        for i in range(4):
+            forward(step, ids[:, i : i + 1], cache, ids.shape[1] + i)

@@ -94,19 +94,19 @@ def decode(result: dict) -> str:
         best = run["baseline"]
         of = f" of {run['batch']} sequences" if run["batch"] > 1 else ""
         lines += ["", f"{run['dtype']}, {run['context']} tokens{of} and {run['new_tokens']} steps"]
-        lines.append(f"{'':<10}{'median':>12}{'quartiles':>20}{'mean':>12}{'tokens/s':>10}{'':>22}{'prefill':>12}")
+        lines.append(f"{'':<12}{'median':>12}{'quartiles':>20}{'mean':>12}{'tokens/s':>10}{'':>22}{'prefill':>12}")
         for name, found in run["caches"].items():
             step = found["step"]
             note = f"x{found['speedup']:.3f} of {best}" if best and name != best else ""
             lines.append(
-                f"{name:<10}{duration(step['median']):>12}{duration(step['q1'], step['q3']):>20}"
+                f"{name:<12}{duration(step['median']):>12}{duration(step['q1'], step['q3']):>20}"
                 f"{duration(step['mean']):>12}{found['tokens_per_second']:>10.2f}{note:>22}"
                 f"{duration(found['prefill_seconds']):>12}"
             )
             if "pages" in found:
                 pages = found["pages"]
                 lines.append(
-                    f"{'':<10}making pages: {pages['prefill_share']:.2%} of its prefill; {pages['decode_share']:.2%} "
+                    f"{'':<12}making pages: {pages['prefill_share']:.2%} of its prefill; {pages['decode_share']:.2%} "
                     f"of its steps, of which {pages['steps']} made any"
                 )
     return "\n".join(lines)

@@ -235,11 +235,26 @@ def attach(model: torch.nn.Module, cache) -> None:
 
 def _forget_copies(modules: list[torch.nn.Module]) -> None:
     """Remove hooks that a copy of a hooked model took along: what is noted twice counts twice."""
-    ours = (_before_attention, _before_model, _after_model)
     for module in modules:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in ours]:
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                 del hooks[key]
+
+
+def _is_ours(hook) -> bool:
+    return getattr(hook, "func", hook) in (_before_attention, _before_model, _after_model)
+
+
+_COLLECTING = "transformers.utils.output_capturing"  # hooks that put hidden states into a forward's output
+
+
+def foreign_hook(model: torch.nn.Module) -> str | None:
+    """The kind of a module that a hook of neither this package nor transformers sees run, or None."""
+    for module in model.modules():
+        hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+        if not all(_is_ours(hook) or getattr(hook, "__module__", None) == _COLLECTING for hook in hooks):
+            return type(module).__name__
+    return None
 
 
 def detach_all() -> None:

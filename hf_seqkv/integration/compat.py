@@ -12,6 +12,8 @@ What the modules beside this one do only because transformers leaves no other wa
 - `generate`: `_mask_length` is read, because a mask of ones is dropped. Drop when it is kept.
 - `generate`: options as a key `"seqkv"` of their own, because a saved `cache_implementation` breaks loading without
   this package. Drop when unknown names are refused in `generate` and no earlier.
+- `generate`: a wrapped `_sample`, in which a model's forward is another, that replays steps. Drop when a cache can say
+  how it wants its steps run, as compiled ones of static caches are.
 - `register`: an import hook that installs. Drop when transformers has an entry point for plug-ins.
 - `capture`: hooks on modules for mask, cosines, sines and ids. Drop when `Cache.update` is given them.
 - `capture`: one global hook until a cache has met its model, told by its config. Drop when a cache is given its model.
@@ -46,6 +48,7 @@ SEAMS = {
         "GenerationMixin.prepare_inputs_for_generation": (CACHE_NAME,),
         "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs"),
         "GenerationMixin._prefill": ("input_ids", "generation_config", "model_kwargs"),
+        "GenerationMixin._sample": ("model_kwargs",),
         "GenerationMixin.init_continuous_batching": ("generation_config",),
         "GenerationMixin.generate_batch": ("generation_config", "kwargs"),
     },

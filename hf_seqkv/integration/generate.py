@@ -15,6 +15,7 @@ from .attention import unwrap_attention, wrap_attention
 from .cache import SeqKVCache
 from .compat import CACHE_NAME
 from .continuous import NAME
+from .graphed_steps import graphed
 from .latent import unwrap_expansions
 
 
@@ -117,6 +118,16 @@ def _prefill(original):
     return _prefill
 
 
+def _sample(original):
+    @functools.wraps(original)
+    def _sample(self, *args, **kwargs):
+        with graphed(self, kwargs.get(CACHE_NAME)):
+            return original(self, *args, **kwargs)
+
+    _sample.seqkv_original = original
+    return _sample
+
+
 def _ids_alone(generation_config, input_ids, model_kwargs) -> bool:
     """Whether what a prompt leaves in the cache depends on its token ids alone, and all of them are given."""
     others = ("inputs_embeds", "token_type_ids", "pixel_values", "pixel_values_videos", "input_features")
@@ -130,4 +141,9 @@ def _ids_alone(generation_config, input_ids, model_kwargs) -> bool:
     return positions is None or bool(((positions == mask.cumsum(-1) - 1) | (mask == 0)).all())
 
 
-_PATCHES = {"_prepare_cache_for_generation": _prepare, "_prefill": _prefill, **continuous.PATCHES}
+_PATCHES = {
+    "_prepare_cache_for_generation": _prepare,
+    "_prefill": _prefill,
+    "_sample": _sample,
+    **continuous.PATCHES,
+}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map
 
-from ..errors import SeqKVWarning
+from ..errors import SeqKVWarning, UnsupportedOperationError
 from ..kernels import ops
 from ..kernels.interface import LayerView, select_backend
 from .rebuild import rebuild
@@ -94,6 +94,8 @@ class Handle(Lazy):
 
     def materialize(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Dense tokens `begin` to `end` of dimension 2, all by default; zeros where a row holds nothing (padding)."""
+        if self.view_.live is not None:
+            raise UnsupportedOperationError("its attention reads rebuilt dense keys and values")
         end = self.shape[2] if end is None else end
         unpack = select_backend(self.backend, self.view_.codec, self.device).unpack_pages
         return rebuild(self.view_, self.side, self.dtype, unpack, begin, end)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from transformers.cache_utils import DynamicLayer
 
@@ -11,6 +13,9 @@ from .handle import Handle
 from .offload import OffloadedPages, offloaded
 from .page_buffer import PageBuffer
 from .paged import PagedTokens
+
+if TYPE_CHECKING:
+    from .step_graph import Recording
 
 
 class SeqKVLayer(PagedTokens, DynamicLayer):
@@ -27,6 +32,7 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         self.is_sliding = sliding_window is not None
         self.supports_early_init = False
         self.record_past = False
+        self.recording: Recording | None = None  # while a step is recorded
         self._clear()
 
     def _clear(self) -> None:
@@ -79,6 +85,8 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
                 "a SeqKVCache stores codes, through which no gradient flows; wrap the call in torch.no_grad(), or "
                 "train with use_cache=False"
             )
+        if self.recording is not None:
+            return self.recording.update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
@@ -91,16 +99,33 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         start = noted.first_tokens(self.start, self.length, offset, new)
         first = self.length == 0
         source = (key_states, value_states) if first else self._appended(key_states, value_states)
-        before = self.start, self.length, self.base
-        self.start, self.length, self.base = start, self.length + new, 0 if first else self.base
-        try:
-            plan = self._plan(source)
-        except SeqKVError:
-            self.start, self.length, self.base = before
-            raise
+        plan = self._count(source, start, new)
         result = (key_states, value_states) if first else self._handles(source, offset)
         self._flush(source, plan)
         return result
+
+    def _count(self, source, start: list[int], new: int) -> list:
+        """Have `new` tokens more, which `source` has already: what `_plan` says then. Nothing changes if it raises."""
+        before = self.start, self.length, self.base
+        self.start, self.length, self.base = start, self.length + new, self.base if self.length else 0
+        try:
+            return self._plan(source)
+        except SeqKVError:
+            self.start, self.length, self.base = before
+            raise
+
+    def advance(self, noted, new: int) -> None:
+        """Count `new` tokens that a recorded step wrote behind those held, and make the pages that are due.
+
+        Raises:
+            NonFiniteError: As `update`.
+        """
+        table = self.cache.table(self.index, noted)
+        if table is not None:
+            table.append(self.length, new, len(self.start), noted)
+        held = self.length + new - self.base
+        source = self.recent_k[:, :, :held], self.recent_v[:, :, :held]
+        self._flush(source, self._count(source, self.start, new))
 
     def _check(self, key_states, value_states) -> None:
         held = (self.recent_k.shape[0], self.codec.heads, self.codec.key_dim, self.codec.value_dim, self.dtype)
@@ -114,6 +139,8 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
     # -- reading -------------------------------------------------------------------------------------------------
 
     def _handles(self, source=None, offset: int | None = None) -> tuple[Handle, Handle]:
+        if self.recording is not None:
+            raise UnsupportedOperationError(f"keys and values of layer {self.index} are read beside its attention")
         return Handle.pair(self.view(source, offset), self.config.backend, self.dtype)
 
     @property

@@ -104,7 +104,9 @@ class PagedTokens:
         return tuple(out)
 
     def _capacity(self) -> int:
-        return self.config.n_sink + self.config.residual_length + self.config.page_size
+        """Dense tokens there can be between pages; those of rows that fill their pages at different times, too."""
+        size = self.config.page_size
+        return self.config.n_sink + self.config.residual_length + size * min(len({s % size for s in self.start}), 2)
 
     def _plan(self, source) -> list[tuple[list[int], int, int, int]]:
         """Rows that owe pages, grouped: `(rows, first page, number of pages, slot of the first)`.
@@ -253,10 +255,13 @@ class PagedTokens:
                 for row in range(len(counts)):
                     self.held.keep(row, self._page_slot(row, drop), self.length)
 
-    def view(self, source=None, offset: int | None = None) -> LayerView:
-        """Snapshot of what the layer holds from slot `offset` on, or of all; `source`: dense tokens not yet flushed."""
+    def view(self, source=None, offset: int | None = None, new: int = 0) -> LayerView:
+        """Snapshot of what the layer holds from slot `offset` on, or of all; `source`: dense tokens not yet flushed.
+
+        `new` tokens count that are to be written behind those held, where there is room.
+        """
         if source is None:
-            held = self.length - self.base
+            held = self.length + new - self.base
             source = self.recent_k[:, :, :held], self.recent_v[:, :, :held]
         rows = range(len(self.counts))
         table = self.cache.table(self.index)
@@ -273,7 +278,7 @@ class PagedTokens:
             sinks=DenseRun(self.sink_k, self.sink_v, list(self.start), sinks),
             recent=DenseRun(*source, [self.base] * len(rows), [self._dense_slot(row) - self.base for row in rows]),
             center=center,
-            length=self.length,
+            length=self.length + new,
             offset=self._offset() if offset is None else offset,
             side=None if self.held is None else self.held.table(),
         )

@@ -97,7 +97,7 @@ class Prefixes:
     def _options(self) -> str:
         """What of the cache's options decides what pages hold."""
         options = self.cache.seqkv_config.to_dict()
-        others = ("prefix_store", "backend", "residual_length", "offload")
+        others = ("prefix_store", "backend", "residual_length", "offload", "cuda_graphs")
         return repr(sorted(x for x in options.items() if x[0] not in others))
 
     @property
