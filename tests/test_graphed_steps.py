@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 from unittest import mock
 
 import pytest
@@ -247,7 +248,22 @@ def take(steps, cache, count):
         steps(input_ids=torch.tensor([[7]]), position_ids=positions, **{CACHE_NAME: cache})
 
 
-def test_the_option():
-    model = tiny("llama")
-    with graphed_steps.graphed(model, SeqKVCache(config=model.config)):  # on a CPU
+def test_where_forwards_are_replaced(refused):
+    """On a CUDA device, while tokens are generated, by a function with the same arguments."""
+    model = copy.deepcopy(tiny("llama"))
+    caches = [SeqKVCache(config=model.config, **more) for more in ({}, {"cuda_graphs": False}, {"offload": True})]
+
+    def is_replaced(cache):
+        with graphed_steps.graphed(model, cache):
+            return "forward" in vars(model)
+
+    assert not is_replaced(caches[0])  # on a CPU
+    with mock.patch.object(type(model), "device", torch.device("cuda")):
+        assert [is_replaced(cache) for cache in (*caches, None)] == [True, False, False, False]
+        with graphed_steps.graphed(model, caches[0]):
+            assert inspect.signature(model.forward) == inspect.signature(type(model).forward.__get__(model))
         assert "forward" not in vars(model)
+        model.forward = torch.compile(model.forward, backend="eager")
+        compiled = model.forward
+        with refused("its forward is compiled, or not its own"), graphed_steps.graphed(model, caches[0]):
+            assert model.forward is compiled

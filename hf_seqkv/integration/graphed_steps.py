@@ -166,8 +166,11 @@ def graphed(model: torch.nn.Module, cache):
     Not so where its forward is another's already, or compiled, or pages are offloaded: copies of their own bring these.
     """
     ours = getattr(cache, "seqkv_config", None)
-    wanted = ours is not None and ours.cuda_graphs and not ours.offload
-    if not wanted or model.device.type != "cuda" or "forward" in vars(model) or _is_compiled(model):
+    if ours is None or not ours.cuda_graphs or ours.offload or model.device.type != "cuda":
+        yield
+        return
+    if "forward" in vars(model) or _is_compiled(model):
+        _say(type(model).__name__, "its forward is compiled, or not its own")
         yield
         return
     model.forward = forward_of(Steps(model, cache))
