@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from architecture_models import build
 from models import CONFIGS, SMALL, Unmeasured, prompt, tiny
 from test_held import by_content, holding
 
@@ -184,6 +185,16 @@ def test_compiled_layers_are_left_alone(refused):
     model.model.layers[1].forward = torch.compile(model.model.layers[1].forward, backend="eager")
     with refused("parts of it are compiled"):
         generated(model, OPTIONS, Again(), max_new_tokens=30)
+
+
+@pytest.mark.filterwarnings("ignore::hf_seqkv.errors.SeqKVWarning", "ignore:.*is falling back to its reference")
+@pytest.mark.parametrize("name", ["falcon_h1", "bamba", "deepseek_v3"])
+def test_layers_of_other_kinds_are_not_run_twice(name):
+    """States that a step changes would be those of a step more."""
+    model, record = build(name), Again()
+    mine, other = (generated(model, OPTIONS, given, max_new_tokens=30)[0] for given in (record, None))
+    assert record.recorded == 0
+    assert torch.equal(mine.sequences, other.sequences)
 
 
 @contextlib.contextmanager

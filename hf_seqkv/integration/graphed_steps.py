@@ -122,8 +122,9 @@ def obstacle(model: torch.nn.Module, cache, step: Step) -> str | None:
     A padding mask is looked at here and not again: `generate` lets it grow by ones.
     """
     layers, device = cache._coded(), step.tensors["input_ids"].device
-    if len(layers) < len(cache.layers) or cache.latent_shapes:
-        return "layers of other kinds are in its cache"
+    others = {type(layer).__name__ for layer in cache.layers} - {"SeqKVLayer", "DummyLayer"}
+    if others or cache.latent_shapes:  # a step more would change what others hold
+        return f"its cache holds {', '.join(sorted(others)) or 'latents'} beside keys and values"
     if any(layer.device != device or isinstance(layer.buffer, OffloadedPages) for layer in layers):
         return "not all of its cache lies on one device"
     if cache.shard != WHOLE:
