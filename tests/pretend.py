@@ -6,6 +6,7 @@ as it would on real ones. So placement can be tested, with true results, where t
 
 import contextlib
 import copy
+import warnings
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,7 +167,9 @@ def pretended():
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device=...)` makes its numbers on the CPU
     try:
-        with torch.no_grad(), Pretending() as mode:
+        with torch.no_grad(), Pretending() as mode, warnings.catch_warnings():
+            # The forward of a model that accelerate spread is not its own.
+            warnings.filterwarnings("ignore", "steps of .* are not replayed as CUDA graphs")
             yield mode
     finally:
         torch._C._set_only_lift_cpu_tensors(lifts)
