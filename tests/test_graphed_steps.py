@@ -253,10 +253,21 @@ def test_nothing_is_lost_where_tokens_are_not_finite():
 
 
 @torch.no_grad()
-def take(steps, cache, count):
+def take(steps, cache, count, **more):
     for _ in range(count):
         positions = torch.tensor([[cache.get_seq_length()]])
-        steps(input_ids=torch.tensor([[7]]), position_ids=positions, **{CACHE_NAME: cache})
+        steps(input_ids=torch.tensor([[7]]), position_ids=positions, **{CACHE_NAME: cache}, **more)
+
+
+def test_arguments_that_are_not_understood_are_told(refused):
+    model, record = copy.deepcopy(tiny("llama")), Again()
+    cache = SeqKVCache(config=model.config, **OPTIONS)
+    with torch.no_grad():
+        model(prompt()[0], **{CACHE_NAME: cache})
+    cache.expected_length = 1000
+    with refused("it is given adapters"):
+        take(Steps(model, cache, record), cache, 10, adapters={})
+    assert (record.recorded, cache.get_seq_length()) == (0, 55)
 
 
 def test_where_forwards_are_replaced(refused):

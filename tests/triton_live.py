@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import triton_parity
 from kernel_cases import build
 from test_numbers import live
-from triton_parity import GATHERED, attend, case, error, expanding, interpreter  # noqa: F401 - a fixture for all
+from triton_parity import GATHERED, attend, case, error, expanding
 
 from hf_seqkv.kernels import reference
+
+interpreter = triton_parity.interpreter  # a fixture of every test here, too
 
 LIVE = {
     "batch of 3": case(counts=(4, 0, 2), pads=(0, 50, 7), half=32),

@@ -58,7 +58,9 @@ class Steps:
 
     def __call__(self, *args, **arguments):
         step = None if self.refused or args else Step.of(self.cache, arguments)
-        if step is None:
+        if step is not None and step.unknown:
+            self._refuse(f"it is given {step.unknown}")
+        if step is None or self.refused:
             return self.forward(*args, **arguments)
         if self.graph is not None and not self.graph.fits(step):
             self.graph = None

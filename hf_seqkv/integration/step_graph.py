@@ -43,9 +43,12 @@ class Step:
         ids = tensors.get("input_ids")
         if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
             return None
-        if not all(isinstance(x, bool | int | float | str) for x in rest.values()):
-            return None
         return cls(tensors, rest, mask)
+
+    @property
+    def unknown(self) -> str:
+        """Names of arguments that are neither tensors nor plain values, which a graph could not follow."""
+        return ", ".join(name for name, x in self.rest.items() if not isinstance(x, bool | int | float | str))
 
     @property
     def kind(self) -> tuple:
