@@ -82,8 +82,9 @@ def levels(b, table, address, width, lanes):
     return b.bitcast(joined, WORDS)
 
 
-def multiply_pairs(b, first, second):
-    """Products of words, neighbours added."""
+def add_products(b, total, first, second):
+    """A sum, and products of words, neighbours added."""
     sums, halves = ir.VectorType(_I32, 8), [list(range(16)), list(range(16, 32))]
     parts = [[shuffle(b, x, None, half) for x in (first, second)] for half in halves]
-    return shuffle(b, *(call(b, "llvm.x86.avx2.pmadd.wd", sums, *part) for part in parts), list(range(16)))
+    products = (call(b, "llvm.x86.avx2.pmadd.wd", sums, *part) for part in parts)
+    return b.add(total, shuffle(b, *products, list(range(16))))

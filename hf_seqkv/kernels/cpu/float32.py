@@ -41,6 +41,13 @@ def to_operand(row, count, unit, out):
 
 
 @njit(**OPTIONS)
+def to_weights(row, count, unit, out, rows):
+    """As `to_operand`, every 64 `rows` times 64 apart."""
+    for i in range(0, count, 64):
+        to_operand(row + 4 * i, 64, unit, out + 4 * i * rows)
+
+
+@njit(**OPTIONS)
 def extents(row, count):
     """Not needed here."""
     return _ONE, _ONE
@@ -94,7 +101,13 @@ def _score_levels(tile, operand, factors, scale, out, out_stride):
 
 
 @njit(**OPTIONS)
-def score_codes(operand, factors, scale, page, offsets, widths, levels, size, first, out, out_stride, ahead):
+def runs_of(widths, size):
+    """Not needed here."""
+    return np.zeros((0, 2), np.int64)
+
+
+@njit(**OPTIONS)
+def score_codes(operand, factors, scale, page, offsets, widths, runs, levels, size, first, out, out_stride, ahead):
     """As `score` for keys in codes at address `page`: 64 tokens from `first` on."""
     tile = np.empty((widths.shape[0], 64), np.float32)
     _expand(page, offsets, widths, levels, size, first, tile)
@@ -105,17 +118,17 @@ def score_codes(operand, factors, scale, page, offsets, widths, levels, size, fi
 def mix_codes(weights, factors, first, page_bytes, pages, offsets, widths, levels, size, out, out_stride):
     """`out[r, :D] = weights[r] . values` over `pages` pages of codes from address `first` on.
 
-    `weights [rows, pages * wide]`, where `wide` is the page size rounded up to 64 tokens.
+    `weights [blocks, rows, 64]`, where a page has as many blocks of 64 tokens as it takes.
     """
-    rows, stride = weights.shape
-    dim, wide = widths.shape[0], weights.shape[1] // pages
+    blocks, rows, _ = weights.shape
+    dim, wide = widths.shape[0], blocks // pages * 64
     tile = np.empty((dim, 64), np.float32)
     lanes = np.zeros((dim, simd.ROWS, simd.LANES), np.float32)
     for n in range(pages):
         for at in range(0, wide, 64):
             _expand(first + n * page_bytes, offsets, widths, levels, size, at, tile)
-            where = weights.ctypes.data + 4 * (n * wide + at)
-            simd.mix_64(where, tile.ctypes.data, lanes.ctypes.data, rows, dim, stride, 64)
+            where = weights.ctypes.data + 4 * rows * (n * wide + at)
+            simd.mix_64(where, tile.ctypes.data, lanes.ctypes.data, rows, dim, 64, 64)
     for r in range(rows):
         row = carray(pointer(out + 4 * r * out_stride), dim, np.float32)
         for d in range(dim):

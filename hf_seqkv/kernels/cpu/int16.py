@@ -19,9 +19,9 @@ OPERAND = np.int16
 LEVEL_MAX = 8191
 _BLOCK = simd16.isa.BLOCK
 _SUM_MAX = np.float32(2.0**31 / LEVEL_MAX * 0.99)
-_SCORES_0, _SCORES_1, _SCORES_2, _SCORES_3, _SCORES_4, _SCORES_5, _SCORES_6 = simd16.scores
-_BLOCK_1, _BLOCK_2, _BLOCK_3, _BLOCK_4, _BLOCK_5, _BLOCK_6 = simd16.mix_block[1:]
-_ONE_0, _ONE_1, _ONE_2, _ONE_3, _ONE_4, _ONE_5, _ONE_6 = simd16.mix_one
+_scores, _score_levels = simd16.scores, simd16.score_levels
+_mix_blocks, _mix_ones, _mix_levels = simd16.mix_blocks, simd16.mix_ones, simd16.mix_levels
+_WIDEST = 6  # bits of codes that are looked up in registers
 
 
 def make_levels(levels: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +53,13 @@ def unit_for(top, total):
 @njit(**OPTIONS)
 def to_operand(row, count, unit, out):
     """`count` numbers in some unit as operands (addresses; a multiple of 32)."""
-    row_work.to_int16(row, count, np.float32(1) / unit, out)
+    row_work.to_int16(row, count, np.float32(1) / unit, out, 64)
+
+
+@njit(**OPTIONS)
+def to_weights(row, count, unit, out, rows):
+    """As `to_operand`, every 64 `rows` times 64 apart."""
+    row_work.to_int16(row, count, np.float32(1) / unit, out, 64 * rows)
 
 
 @njit(**OPTIONS)
@@ -82,107 +88,87 @@ def _expand(page, offset, width, levels, tile, stride, size, first):
 
 
 @njit(**OPTIONS)
-def _score_levels(tile, query, factors, scale, out, rows, stride, out_stride):
+def _score_pair(tile, query, factors, scale, out, rows, stride, out_stride):
     """`score` of two components. An array's memory is sure to last for a call only where it is an argument of it."""
-    _SCORES_0(tile.ctypes.data, 0, 0, query, factors, scale, out, rows, 1, stride, out_stride)
+    _score_levels(0, tile.ctypes.data, 0, 0, query, factors, scale, out, rows, 1, stride, out_stride)
 
 
 @njit(**OPTIONS)
-def _mix_levels(tile, weights, rows, factors, out, out_stride):
+def _mix_tile(tile, weights, rows, factors, out, out_stride):
     """`mix_codes` of one component from its levels `[pages, 64]`."""
-    _ONE_0(tile.ctypes.data, 128, tile.size // 64, 0, weights, tile.size, rows, factors, out, out_stride)
+    _mix_levels(0, tile.ctypes.data, 128, tile.size // 64, 0, weights, rows, factors, out, out_stride, 1)
 
 
 @njit(**OPTIONS)
 def score(operand, factors, scale, tile, dim, out, out_stride):
     """`out[r, :64] += factors[r] * scale[:64] * (operand[r] . tile)`; `tile` is the address of one of `make_tile`."""
     rows, stride = operand.shape
-    _SCORES_0(
-        tile, 0, 0, operand.ctypes.data, factors.ctypes.data, scale, out, rows, (dim + 1) // 2, stride, out_stride
-    )
+    query, f = operand.ctypes.data, factors.ctypes.data
+    _score_levels(0, tile, 0, 0, query, f, scale, out, rows, (dim + 1) // 2, stride, out_stride)
 
 
 @njit(**OPTIONS)
-def score_codes(operand, factors, scale, page, offsets, widths, levels, size, first, out, out_stride, ahead):
-    """As `score` for keys in codes at address `page`: 64 tokens from `first` on; `ahead` bytes on is the next page."""
-    rows, stride = operand.shape
-    dim, d, f = widths.shape[0], 0, factors.ctypes.data
-    while d < dim:
-        width, end = widths[d], d
-        while end + 1 < dim and widths[end] == width and widths[end + 1] == width:
+def runs_of(widths, size):
+    """`[n, 2]`: the first of some components, and how many pairs of one width begin there; 0 for two that are unlike.
+
+    Two are also alike to nothing where they cannot be looked up: width above `_WIDEST`, or pages that are not of 64.
+    """
+    found, n, d = np.zeros((widths.shape[0], 2), np.int64), 0, 0
+    while d < widths.shape[0]:
+        end = d
+        while size == 64 and end + 1 < widths.shape[0] and widths[d] == widths[end] == widths[end + 1] <= _WIDEST:
             end += 2
-        query, codes, table, pairs = (
-            operand.ctypes.data + 2 * d,
-            page + offsets[d],
-            levels[width].ctypes.data,
-            (end - d) // 2,
-        )
-        if size != 64 or width > 6 or pairs == 0:
+        found[n, 0], found[n, 1] = d, (end - d) // 2
+        d, n = max(end, d + 2), n + 1
+    return found[:n]
+
+
+@njit(**OPTIONS)
+def score_codes(operand, factors, scale, page, offsets, widths, runs, levels, size, first, out, out_stride, ahead):
+    """As `score` for keys in codes at address `page`: 64 tokens from `first` on; `ahead` bytes on is the next page.
+
+    `runs` are those of `runs_of`.
+    """
+    rows, stride = operand.shape
+    dim, f = widths.shape[0], factors.ctypes.data
+    for n in range(len(runs)):
+        d, pairs = runs[n, 0], runs[n, 1]
+        query, width = operand.ctypes.data + 2 * d, np.int64(widths[d])
+        if pairs:
+            codes, table = page + offsets[d], levels[width].ctypes.data
+            _scores(width, codes, ahead, table, query, f, scale, out, rows, pairs, stride, out_stride)
+        else:
             tile = np.zeros((64, 2), np.int16)
             for c in range(d, min(d + 2, dim)):
                 _expand(page, offsets[c], widths[c], levels, tile.ctypes.data + 2 * (c - d), 2, size, first)
-            _score_levels(tile, query, f, scale, out, rows, stride, out_stride)
-            end = d + 2
-        elif width == 4:
-            _SCORES_4(codes, ahead, table, query, f, scale, out, rows, pairs, stride, out_stride)
-        elif width == 5:
-            _SCORES_5(codes, ahead, table, query, f, scale, out, rows, pairs, stride, out_stride)
-        elif width == 3:
-            _SCORES_3(codes, ahead, table, query, f, scale, out, rows, pairs, stride, out_stride)
-        elif width == 2:
-            _SCORES_2(codes, ahead, table, query, f, scale, out, rows, pairs, stride, out_stride)
-        elif width == 6:
-            _SCORES_6(codes, ahead, table, query, f, scale, out, rows, pairs, stride, out_stride)
-        elif width == 1:
-            _SCORES_1(codes, ahead, table, query, f, scale, out, rows, pairs, stride, out_stride)
-        d = end
+            _score_pair(tile, query, f, scale, out, rows, stride, out_stride)
 
 
 @njit(**OPTIONS)
 def mix_codes(weights, factors, first, page_bytes, pages, offsets, widths, levels, size, out, out_stride):
     """`out[r, :D] = factors[r] * (weights[r] . values)` over `pages` pages of codes from address `first` on.
 
-    `weights [rows, pages * wide]`, where `wide` is the page size rounded up to 64 tokens.
+    `weights [blocks, rows, 64]`, where a page has as many blocks of 64 tokens as it takes.
     """
-    rows, stride = weights.shape
-    dim, d, f, w, wide = widths.shape[0], 0, factors.ctypes.data, weights.ctypes.data, weights.shape[1] // pages
+    blocks, rows, _ = weights.shape
+    dim, d, f, w, wide = widths.shape[0], 0, factors.ctypes.data, weights.ctypes.data, blocks // pages * 64
     while d < dim:
-        width, end = widths[d], d + 1
-        while end < dim and end < d + _BLOCK and widths[end] == width:
+        width, end, to = np.int64(widths[d]), d, out + 4 * d
+        while size == 64 and 0 < width <= _WIDEST and end < dim and widths[end] == width:
             end += 1
-        codes, table, to, block = first + offsets[d], levels[width].ctypes.data, out + 4 * d, end == d + _BLOCK
-        if size != 64 or width > 6 or width == 0:
-            tile, end = np.zeros((pages, wide), np.int16), d + 1
+        several = (end - d) // _BLOCK
+        codes, table, ones = first + offsets[d], levels[width].ctypes.data, end - d - several * _BLOCK
+        if several:
+            _mix_blocks(width, codes, page_bytes, pages, table, w, rows, f, to, out_stride, several)
+        if ones:
+            codes, to = first + offsets[end - ones], out + 4 * (end - ones)
+            _mix_ones(width, codes, page_bytes, pages, table, w, rows, f, to, out_stride, ones)
+        if end == d:
+            tile = np.zeros((pages, wide), np.int16)
             for n in range(pages):
                 for at in range(0, wide, 64):
                     page = first + n * page_bytes
                     _expand(page, offsets[d], width, levels, tile[n, at:].ctypes.data, 1, size, at)
-            _mix_levels(tile, w, rows, f, to, out_stride)
-        elif block:
-            if width == 4:
-                _BLOCK_4(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            elif width == 5:
-                _BLOCK_5(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            elif width == 3:
-                _BLOCK_3(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            elif width == 2:
-                _BLOCK_2(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            elif width == 6:
-                _BLOCK_6(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            else:
-                _BLOCK_1(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-        else:
+            _mix_tile(tile, w, rows, f, to, out_stride)
             end = d + 1
-            if width == 4:
-                _ONE_4(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            elif width == 5:
-                _ONE_5(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            elif width == 3:
-                _ONE_3(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            elif width == 2:
-                _ONE_2(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            elif width == 6:
-                _ONE_6(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
-            else:
-                _ONE_1(codes, page_bytes, pages, table, w, stride, rows, f, to, out_stride)
         d = end

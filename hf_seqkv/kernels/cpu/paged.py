@@ -13,16 +13,18 @@ from . import simd16
 from .call import SPLIT, limit, padded, rotated_rows, unlimited
 from .jit import OPTIONS, pointer
 from .rows import exponentials, maximum, scale_row, widen, widen_narrow
-from .simd import ROWS
+from .simd import ROWS, prefetch_bytes
 
 if simd16.available():
     from . import int16 as path
 else:
     from . import float32 as path
 
+FIRST = 384  # bytes
 _OPERAND, _ITEM = path.OPERAND, np.dtype(path.OPERAND).itemsize
-_extents, _extents_apart, _unit_for, _to_operand = path.extents, path.extents_apart, path.unit_for, path.to_operand
-_score, _score_codes, _mix_codes = path.score, path.score_codes, path.mix_codes
+_extents, _extents_apart, _unit_for = path.extents, path.extents_apart, path.unit_for
+_to_operand, _to_weights = path.to_operand, path.to_weights
+_score, _score_codes, _mix_codes, _runs_of = path.score, path.score_codes, path.mix_codes, path.runs_of
 
 
 @njit(**OPTIONS)
@@ -183,13 +185,13 @@ def pages_part(a, b, h, part, row0, rows):
         )
         for r in range(rows):
             scale_row(scores.ctypes.data + 4 * wide * (r * count + n), wide, scale.ctypes.data)
-    weights = _aligned(_ITEM * rows * count * wide).view(_OPERAND).reshape(rows, count * wide)
+    weights = _aligned(_ITEM * rows * count * wide).view(_OPERAND).reshape(count * wide // 64, rows, 64)
     factors = np.empty(ROWS, np.float32)
     for r in range(rows):
         unit = carray(pointer(a.value_units), a.heads, np.float32)[h]
         row = scores[r].ctypes.data
         own = _unit_for(*_extents_apart(row, count * wide))
-        _to_operand(row, count * wide, own, weights[r].ctypes.data)
+        _to_weights(row, count * wide, own, weights[0, r].ctypes.data, rows)
         factors[r] = own * unit
     dim = a.value_dim
     offsets = carray(pointer(a.value_offsets + 8 * h * dim), dim, np.int64)
@@ -218,9 +220,15 @@ def _score_pages(a, b, h, part, row0, first, count, scores, scale):
     offsets = carray(pointer(a.key_offsets + 8 * h * dim), dim, np.int64)
     widths = carray(pointer(a.key_widths + h * dim), dim, np.uint8)
     levels = carray(pointer(a.key_levels), (a.heads, 9, 256), _OPERAND)[h]
+    runs = _runs_of(widths, size)
+    values = a.value_codes + carray(pointer(a.value_offsets + 8 * h * a.value_dim), 1, np.int64)[0]
     for n in range(count):
         page = first + n * a.page_bytes
         key_scales = page + a.key_scales + a.key_scale_bytes * h * size
+        # What is read next: the next page's scales, then of this page what the mix begins with.
+        prefetch_bytes(key_scales + a.page_bytes, size * a.key_scale_bytes)
+        prefetch_bytes(page + a.value_scales + a.value_scale_bytes * h * size, size * a.value_scale_bytes)
+        prefetch_bytes(page + values, FIRST)
         some_hidden = _read_scales(key_scales, size, a.key_scale_bytes, scale)
         for r in range(rows):
             row = carray(pointer(scores.ctypes.data + 4 * wide * (r * count + n)), wide, np.float32)
@@ -237,8 +245,8 @@ def _score_pages(a, b, h, part, row0, first, count, scores, scale):
                 relative = a.relative + _ITEM * at * twice
                 _score(turned_operand, turned_factors, ones.ctypes.data, relative, twice, out, count * wide)
             _score_codes(
-                operand, factors, scale.ctypes.data + 4 * at, page + a.key_codes, offsets, widths, levels, size, at,
-                out, count * wide, a.page_bytes,
+                operand, factors, scale.ctypes.data + 4 * at, page + a.key_codes, offsets, widths, runs, levels, size,
+                at, out, count * wide, a.page_bytes,
             )  # fmt: skip
         if some_hidden or size < wide or not unlimited(a, slot + n * size, size):
             for r in range(rows):

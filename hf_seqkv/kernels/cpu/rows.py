@@ -106,20 +106,20 @@ extents, extents_apart = _make_extents(False), _make_extents(True)
 
 
 @intrinsic
-def to_int16(typingctx, row, count, factor, out):
-    """`out = round(row * factor)`, int16."""
+def to_int16(typingctx, row, count, factor, out, apart):
+    """`out = round(row * factor)`, int16, in runs of 64 that are `apart` from start to start."""
 
     def generate(context, b, signature, args):
-        row, count, factor, out = args
+        row, count, factor, out, apart = args
         words = ir.VectorType(_I16, LANES)
         with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
             x = b.fmul(load(b, place(b, row, i)), splat(b, factor))
             whole = b.fptosi(call(b, "llvm.rint.v16f32", VECTOR, x), _INTEGERS)
-            address = b.inttoptr(b.add(out, b.shl(i, _I64(1))), words.as_pointer())
-            store(b, b.trunc(whole, words), address, 2)
+            at = b.add(b.mul(b.lshr(i, _I64(6)), apart), b.and_(i, _I64(63)))
+            store(b, b.trunc(whole, words), element(b, out, at, 2, words), 2)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32, types.int64), generate
+    return types.void(types.int64, types.int64, types.float32, types.int64, types.int64), generate
 
 
 @intrinsic

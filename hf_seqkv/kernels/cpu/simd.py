@@ -78,11 +78,37 @@ def _signature(count):
     return types.void(*([types.int64] * count))
 
 
+def cases(builder, value, known):
+    """Emit what follows once for each of the integers in `known`, and pick one at run time."""
+    for n in known:
+        with builder.if_then(builder.icmp_signed("==", value, _I64(n))):
+            yield n
+
+
 def row_cases(builder, rows, emit):
     """Emit `emit(n)` for every block height and pick one at run time: `rows` accumulators must be known to LLVM."""
-    for n in range(1, ROWS + 1):
-        with builder.if_then(builder.icmp_signed("==", rows, _I64(n))):
-            emit(n)
+    for n in cases(builder, rows, range(1, ROWS + 1)):
+        emit(n)
+
+
+def prefetch(b, address):
+    """Ask for a cache line that will be read soon, from memory to the first-level cache."""
+    pointer = b.inttoptr(address, ir.IntType(8).as_pointer())
+    name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    b.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+
+
+@intrinsic
+def prefetch_bytes(typingctx, address, count):
+    """`prefetch` for `count` bytes."""
+
+    def codegen(context, b, signature, args):
+        with cgutils.for_range_slice(b, _I64(0), args[1], _I64(64)) as (i, _):
+            prefetch(b, b.add(args[0], i))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 def _make_scores(vectors: int):

@@ -9,6 +9,7 @@ and lengths in elements, and check nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 from llvmlite import ir
@@ -17,7 +18,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .jit import features
-from .simd import FAST, LANES, SUMS, VECTOR, WORDS, call, element, load, place, row_cases, shuffle, splat, store
+from .simd import (
+    LANES,
+    ROWS,
+    SUMS,
+    VECTOR,
+    WORDS,
+    cases,
+    element,
+    load,
+    place,
+    prefetch,
+    row_cases,
+    shuffle,
+    splat,
+    store,
+)
 
 if "avx512bw" in features():
     from . import avx512 as isa
@@ -33,20 +49,8 @@ def available() -> bool:
     return not features().isdisjoint({"avx512bw", "avx2"})
 
 
-def _prefetch(b, address):
-    """Ask for a cache line that will be read soon, from memory to the first-level cache."""
-    pointer = b.inttoptr(address, _I8.as_pointer())
-    name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
-    b.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
-
-
 def _signature(count):
     return types.void(*([types.int64] * count))
-
-
-def _multiply_add(b, total, first, second):
-    return b.add(total, isa.multiply_pairs(b, first, second))
 
 
 def _add_scores(b, n, sums, keys, query, at, query_stride):
@@ -55,7 +59,7 @@ def _add_scores(b, n, sums, keys, query, at, query_stride):
         pair = load(b, element(b, query, b.add(b.mul(query_stride, _I64(r)), at), 2, _I32), 2)
         both = b.bitcast(splat(b, pair), WORDS)
         for v, key in keys.items():
-            b.store(_multiply_add(b, b.load(sums[r, v]), key, both), sums[r, v])
+            b.store(isa.add_products(b, b.load(sums[r, v]), key, both), sums[r, v])
 
 
 def _in_turn(b, sums, order, v):
@@ -67,17 +71,40 @@ def _in_turn(b, sums, order, v):
     return shuffle(b, b.load(sums[first]), b.load(sums[first + 1]), lanes)
 
 
-def _make_scores(width):
-    """Scores of 64 tokens from `pairs` pairs of components of a width; without one, from levels `[pairs, 64, 2]`."""
-    order = isa.ORDER if width else _IN_TURN
-    lanes = [(component, token) for token in order for component in range(2)]
+def _added_up(b, vectors):
+    """Sums of the lanes of vectors of floats, of which there are 4 or 16, as one vector."""
+    count = len(vectors)
+
+    def halved(x):
+        lanes = list(range(x.type.count))
+        return b.fadd(*(shuffle(b, x, None, half) for half in (lanes[: len(lanes) // 2], lanes[len(lanes) // 2 :])))
+
+    while vectors[0].type.count > 2 * count:
+        vectors = [halved(x) for x in vectors]
+    run = 1  # of lanes that are kept together: neighbours first, then whole quarters of a register
+    while len(vectors) > 1:
+        lanes, pairs = range(vectors[0].type.count), zip(vectors[::2], vectors[1::2], strict=True)
+        if run < 4:  # [x0 + x1, x2 + x3, y0 + y1, y2 + y3], each four lanes for themselves
+            even = [first + at for first in lanes[::4] for at in (0, 2, len(lanes), len(lanes) + 2)]
+            odd = [i + 1 for i in even]
+        else:
+            even = [first + at for first in range(0, 2 * len(lanes), 8) for at in range(4)]
+            odd = [i + 4 for i in even]
+        vectors, run = [b.fadd(shuffle(b, x, y, even), shuffle(b, x, y, odd)) for x, y in pairs], 2 * run
+    return halved(vectors[0]) if vectors[0].type.count > count else vectors[0]
+
+
+def _make_scores(widths):
+    """Scores of 64 tokens from `pairs` pairs of components of a width; width 0 stands for levels `[pairs, 64, 2]`."""
 
     @intrinsic
-    def scores(typingctx, data, ahead, table, query, factors, scale, out, rows, pairs, query_stride, out_stride):
+    def scores(typingctx, width, data, ahead, table, query, factors, scale, out, rows, pairs, query_stride, out_stride):
         def generate(context, b, signature, args):
-            data, ahead, table, query, factors, scale, out, rows, pairs, query_stride, out_stride = args
+            chosen, data, ahead, table, query, factors, scale, out, rows, pairs, query_stride, out_stride = args
 
-            def emit(n):
+            def emit(width, n):
+                order = isa.ORDER if width else _IN_TURN
+                lanes = [(component, token) for token in order for component in range(2)]
                 levels = isa.table(b, table, width) if width else None
                 zero = ir.Constant(SUMS, [0] * LANES)
                 sums = {(r, v): cgutils.alloca_once_value(b, zero) for r in range(n) for v in range(4)}
@@ -88,7 +115,8 @@ def _make_scores(width):
                         if width:
                             address = b.add(data, b.mul(loop.index, _I64(16 * width)))
                             if group is isa.GROUPS[0]:
-                                _prefetch(b, b.add(address, ahead))
+                                for line in range(0, 16 * width, 64):
+                                    prefetch(b, b.add(b.add(address, ahead), _I64(line)))
                             keys = {
                                 v: isa.levels(b, levels, address, width, lanes[32 * v : 32 * v + 32]) for v in group
                             }
@@ -105,68 +133,76 @@ def _make_scores(width):
                         value = b.fmul(value, load(b, place(b, scale, _I64(LANES * v))))
                         store(b, b.fadd(load(b, at), value), at)
 
-            row_cases(b, rows, emit)
+            for width in cases(b, chosen, widths):
+                row_cases(b, rows, functools.partial(emit, width))
             return context.get_dummy_value()
 
-        return _signature(11), generate
+        return _signature(12), generate
 
     return scores
 
 
-# `out[r, :64] += factors[r] * scale[:64] * sum_d query[r, d] * key[d, :]` for up to ROWS rows. Index is the width.
-# Arguments: codes (or levels), bytes to the codes of the next page (prefetched), codebook, query (int16), factors,
-# scale, out, rows, pairs, strides of query and out.
-scores = [_make_scores(width) for width in range(7)]
+_CODED = range(1, 7)  # widths
+# `out[r, :64] += factors[r] * scale[:64] * sum_d query[r, d] * key[d, :]` for up to ROWS rows, from codes or levels.
+# Arguments: width, codes (or levels), bytes to the codes of the next page (prefetched), codebook, query (int16),
+# factors, scale, out, rows, pairs, strides of query and out.
+scores, score_levels = _make_scores(_CODED), _make_scores([0])
 
 
-def _make_mix(width, block):
-    """Sums of `block` components over pages; width 0 stands for levels `[pages, block, 64]`."""
+def _make_mix(widths, block):
+    """Sums of `blocks` times `block` components over pages; width 0 stands for levels `[pages, block, 64]`."""
 
     @intrinsic
-    def mix(typingctx, data, page_bytes, pages, table, weights, weight_stride, rows, factors, out, out_stride):
+    def mix(typingctx, width, data, page_bytes, pages, table, weights, rows, factors, out, out_stride, blocks):
         def generate(context, b, signature, args):
-            data, page_bytes, pages, table, weights, weight_stride, rows, factors, out, out_stride = args
+            chosen, data, page_bytes, pages, table, weights, rows, factors, out, out_stride, blocks = args
 
-            def emit(n):
+            def emit(width, n):
                 levels = isa.table(b, table, width) if width else None
-                zero = ir.Constant(SUMS, [0] * LANES)
-                sums = {(c, r): cgutils.alloca_once_value(b, zero) for c in range(block) for r in range(n)}
-                for total in sums.values():
-                    b.store(zero, total)
-                with cgutils.for_range(b, pages) as loop:
-                    page = b.add(data, b.mul(loop.index, page_bytes))
-                    probs = {}
-                    for r, v in itertools.product(range(n), range(2)):
-                        at = b.add(b.mul(weight_stride, _I64(r)), b.add(b.shl(loop.index, _I64(6)), _I64(32 * v)))
-                        probs[r, v] = load(b, element(b, weights, at, 2, WORDS), 2)
-                    if width:
-                        _prefetch(b, b.add(page, _I64(3 * 8 * width * block)))
-                    for c in range(block):
-                        for v in range(2):
+                keys = list(itertools.product(range(ROWS), range(block)))
+                sums = {(r, c): cgutils.alloca_once(b, SUMS) for r, c in keys if r < n}
+                with cgutils.for_range(b, blocks) as block_loop:
+                    for total in sums.values():
+                        b.store(ir.Constant(SUMS, [0] * LANES), total)
+                    first = b.add(data, b.mul(block_loop.index, _I64(8 * width * block)))
+                    with cgutils.for_range(b, pages) as loop:
+                        page = b.add(first, b.mul(loop.index, page_bytes))
+                        probs = {}
+                        for r, v in itertools.product(range(n), range(2)):
+                            at = b.add(b.mul(loop.index, _I64(64 * n)), _I64(64 * r + 32 * v))
+                            probs[r, v] = load(b, element(b, weights, at, 2, WORDS), 2)
+                        for line in range(0, 8 * width * block, 64):
+                            prefetch(b, b.add(page, _I64(3 * 8 * width * block + line)))
+                        for c, v in itertools.product(range(block), range(2)):
                             if width:
                                 lanes = [(0, 32 * v + i) for i in range(32)]
                                 values = isa.levels(b, levels, b.add(page, _I64(8 * width * c)), width, lanes)
                             else:
                                 values = load(b, element(b, page, _I64(64 * c + 32 * v), 2, WORDS), 2)
                             for r in range(n):
-                                b.store(_multiply_add(b, b.load(sums[c, r]), values, probs[r, v]), sums[c, r])
-                for c, r in sums:
+                                b.store(isa.add_products(b, b.load(sums[r, c]), values, probs[r, v]), sums[r, c])
                     # As floats: the lanes' sum need not fit 32 bits.
-                    floats = b.sitofp(b.load(sums[c, r]), VECTOR)
-                    total = call(b, "llvm.vector.reduce.fadd.v16f32", _F32, _F32(0.0), floats, flags=FAST)
-                    value = b.fmul(total, load(b, place(b, factors, _I64(r), _F32)))
-                    store(b, value, place(b, out, b.add(b.mul(out_stride, _I64(r)), _I64(c)), _F32))
+                    none = ir.Constant(VECTOR, [0.0] * LANES)
+                    totals = [b.sitofp(b.load(sums[key]), VECTOR) if key in sums else none for key in keys]
+                    total, to = _added_up(b, totals), b.mul(block_loop.index, _I64(block))
+                    for r in range(n):
+                        run = shuffle(b, total, None, [block * r + c for c in range(block)])
+                        factor = splat(b, load(b, place(b, factors, _I64(r), _F32)))
+                        run = b.fmul(run, shuffle(b, factor, None, list(range(block))))
+                        store(b, run, place(b, out, b.add(b.mul(out_stride, _I64(r)), to), run.type))
 
-            row_cases(b, rows, emit)
+            for width in cases(b, chosen, widths):
+                row_cases(b, rows, functools.partial(emit, width))
             return context.get_dummy_value()
 
-        return _signature(10), generate
+        return _signature(11), generate
 
     return mix
 
 
-# `out[r, :block] = factors[r] * sum over pages and tokens of weights[r, token] * value[:block, token]`, to ROWS rows.
-# Arguments: codes (or levels) of the first page, bytes from page to page, pages, codebook, weights (int16, 64 a page),
-# their row stride, rows, factors, out, its row stride. Index is the width.
-mix_block = [_make_mix(width, isa.BLOCK) for width in range(7)]
-mix_one = mix_block if isa.BLOCK == 1 else [_make_mix(width, 1) for width in range(7)]
+# `out[r, :count] = factors[r] * sum over pages and tokens of weights[r, token] * value[:count, token]`, to ROWS rows
+# and `blocks` blocks of BLOCK components, or of one; from codes or levels. Arguments: width, codes (or levels) of the
+# first page, bytes from page to page, pages, codebook, weights (int16 `[pages, rows, 64]`), rows, factors, out, its row
+# stride, blocks.
+mix_blocks, mix_levels = _make_mix(_CODED, isa.BLOCK), _make_mix([0], 1)
+mix_ones = mix_blocks if isa.BLOCK == 1 else _make_mix(_CODED, 1)
