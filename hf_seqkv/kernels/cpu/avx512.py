@@ -57,7 +57,6 @@ def levels(b, table, address, width, lanes):
 
 def add_products(b, total, first, second):
     """A sum, and products of words, neighbours added."""
-    if VNNI in features():  # written out: for Intel's processors LLVM makes three instructions of two of it
-        kind = ir.FunctionType(SUMS, [WORDS, WORDS, SUMS])
-        return b.asm(kind, "vpdpwssd $2, $1, $0", "=v,v,v,0", [first, second, total], False)
+    if VNNI in features():  # the one that saturates, though no sum does: LLVM parts the other in two for Intel's
+        return call(b, "llvm.x86.avx512.vpdpwssds.512", SUMS, total, *(b.bitcast(x, SUMS) for x in (first, second)))
     return b.add(total, call(b, "llvm.x86.avx512.pmaddw.d.512", SUMS, first, second))
