@@ -8,12 +8,12 @@ from numba import carray, cfunc, njit, prange
 from .call import CALL, SPLIT, padded
 from .dense import dense_part, merge
 from .jit import OPTIONS, pointer, take_number
-from .paged import pages_part, prepare
+from .paged import pages_part, prepare, room
 from .simd import ROWS
 from .threads import Entry
 
 # numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernels.py`).
-CALLS = "cf8883a6fbea19c5"
+CALLS = "ce31b1ea3d630136"
 
 
 @njit(**OPTIONS)
@@ -47,7 +47,7 @@ def _attend(address):
     its parts, in order. Where all pages are one part, nobody else needs what that part prepares.
     """
     a = carray(pointer(address), 1, CALL)[0]
-    parts = a.splits + 1
+    parts, memory = a.splits + 1, room(a)
     while True:
         task = take_number(a.attend_next)
         if task >= a.tasks:
@@ -60,7 +60,7 @@ def _attend(address):
         elif part * SPLIT < carray(pointer(a.counts), a.batch, np.int64)[b]:
             if a.splits == 1:
                 prepare(a, _query(a, pair, row0, rows), b, h, row0)
-            pages_part(a, b, h, part, row0, rows)
+            pages_part(a, memory, b, h, part, row0, rows)
         if take_number(a.done + 8 * pair) == parts * a.blocks - 1:
             merge(a, b, h)
 

@@ -53,9 +53,6 @@ def extents(row, count):
     return _ONE, _ONE
 
 
-extents_apart = extents
-
-
 @njit(**OPTIONS)
 def _expand(page, offsets, widths, levels, size, first, tile):
     """Levels of all components of a head `[D, 64]`: 64 tokens of a page from `first` on, zeros where it has fewer."""

@@ -69,12 +69,6 @@ def extents(row, count):
 
 
 @njit(**OPTIONS)
-def extents_apart(row, count):
-    """As `extents` for weights of tokens: these are summed in 16 lanes apart, so they may be larger."""
-    return row_work.extents_apart(row, count)
-
-
-@njit(**OPTIONS)
 def _expand(page, offset, width, levels, tile, stride, size, first):
     """Levels of one component to every `stride`-th place from address `tile`: any width, any page size.
 

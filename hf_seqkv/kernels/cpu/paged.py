@@ -12,7 +12,7 @@ from ...codec.scales import BIAS, HELD
 from . import simd16
 from .call import SPLIT, limit, padded, rotated_rows, unlimited
 from .jit import OPTIONS, pointer
-from .rows import exponentials, maximum, scale_row, widen, widen_narrow
+from .rows import maximum, weigh, widen, widen_narrow
 from .simd import ROWS, prefetch_bytes
 
 if simd16.available():
@@ -22,8 +22,7 @@ else:
 
 FIRST = 384  # bytes
 _OPERAND, _ITEM = path.OPERAND, np.dtype(path.OPERAND).itemsize
-_extents, _extents_apart, _unit_for = path.extents, path.extents_apart, path.unit_for
-_to_operand, _to_weights = path.to_operand, path.to_weights
+_extents, _unit_for, _to_operand, _to_weights = path.extents, path.unit_for, path.to_operand, path.to_weights
 _score, _score_codes, _mix_codes, _runs_of = path.score, path.score_codes, path.mix_codes, path.runs_of
 
 
@@ -159,40 +158,31 @@ def prepare(a, query, b, h, row0):
 
 
 @njit(**OPTIONS)
-def pages_part(a, b, h, part, row0, rows):
+def room(a):
+    """Memory that `pages_part` works in: scores, scales of values, weights."""
+    tokens = SPLIT * padded(a.size, 64)
+    return _aligned(tokens * ((4 + _ITEM) * ROWS + 4))
+
+
+@njit(**OPTIONS)
+def pages_part(a, memory, b, h, part, row0, rows):
     """Unnormalised output, maximum and sum over a part's pages, for `rows <= ROWS` query rows from `row0` on."""
     size, wide = a.size, padded(a.size, 64)
     count = min(SPLIT, carray(pointer(a.counts), a.batch, np.int64)[b] - part * SPLIT)
     first = a.pages + b * a.page_row + part * SPLIT * a.page_bytes
-    scores = _aligned(4 * rows * count * wide).view(np.float32).reshape(rows, count * wide)
-    scale = _aligned(4 * padded(wide, 16)).view(np.float32)
-    scale[:] = 0
-    _score_pages(a, b, h, part, row0, first, count, scores, scale)
-
-    index = ((b * a.heads + h) * (a.splits + 1) + part) * a.rows + row0
-    tops = carray(pointer(a.tops + 4 * index), rows, np.float32)
-    totals = carray(pointer(a.totals + 4 * index), rows, np.float32)
-    for r in range(rows):
-        row = scores[r].ctypes.data
-        tops[r] = maximum(row, count * wide)
-        if tops[r] == -np.inf:
-            totals[r], scores[r] = 0, 0
-        else:
-            totals[r] = exponentials(row, count * wide, tops[r])
-    for n in range(count):
-        _read_scales(
-            first + n * a.page_bytes + a.value_scales + a.value_scale_bytes * h * size, size, a.value_scale_bytes, scale
-        )
-        for r in range(rows):
-            scale_row(scores.ctypes.data + 4 * wide * (r * count + n), wide, scale.ctypes.data)
-    weights = _aligned(_ITEM * rows * count * wide).view(_OPERAND).reshape(count * wide // 64, rows, 64)
+    # Arrays without an owner, which would be counted every time that one is looked at.
+    at, tokens = memory.ctypes.data, count * wide
+    scores = carray(pointer(at), (rows, tokens), np.float32)
+    scales = carray(pointer(at + 4 * rows * tokens), (count, wide), np.float32)
+    weights = carray(pointer(at + 4 * (rows + 1) * tokens), (tokens // 64, rows, 64), _OPERAND)
     factors = np.empty(ROWS, np.float32)
-    for r in range(rows):
-        unit = carray(pointer(a.value_units), a.heads, np.float32)[h]
-        row = scores[r].ctypes.data
-        own = _unit_for(*_extents_apart(row, count * wide))
-        _to_weights(row, count * wide, own, weights[0, r].ctypes.data, rows)
-        factors[r] = own * unit
+    scales[:] = 0
+    _score_pages(a, b, h, part, row0, first, count, scores, scales[0])
+    for n in range(count):
+        at = first + n * a.page_bytes + a.value_scales + a.value_scale_bytes * h * size
+        _read_scales(at, size, a.value_scale_bytes, scales[n])
+    index = ((b * a.heads + h) * (a.splits + 1) + part) * a.rows + row0
+    _weigh(a, h, index, scores, scales, weights, factors)
     dim = a.value_dim
     offsets = carray(pointer(a.value_offsets + 8 * h * dim), dim, np.int64)
     widths = carray(pointer(a.value_widths + h * dim), dim, np.uint8)
@@ -201,6 +191,27 @@ def pages_part(a, b, h, part, row0, rows):
         weights, factors, first + a.value_codes, a.page_bytes, count, offsets, widths, levels, size,
         a.mixed + 4 * index * dim, dim,
     )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def _weigh(a, h, index, scores, scales, weights, factors):
+    """Softmax of scores `[rows, tokens]`; what values are weighed with, as operands, and the units of these."""
+    rows, count = scores.shape
+    tops = carray(pointer(a.tops + 4 * index), rows, np.float32)
+    totals = carray(pointer(a.totals + 4 * index), rows, np.float32)
+    unit = carray(pointer(a.value_units), a.heads, np.float32)[h]
+    row, to = scores.ctypes.data, weights.ctypes.data
+    for r in range(rows):
+        tops[r] = maximum(row, count)
+        largest = bound = np.float32(0)
+        if tops[r] == -np.inf:
+            totals[r], scores[r] = 0, 0
+        else:
+            totals[r], largest, bound = weigh(row, count, tops[r], scales.ctypes.data)
+        own = _unit_for(largest, bound)
+        _to_weights(row, count, own, to, rows)
+        factors[r] = own * unit
+        row, to = row + 4 * count, to + _ITEM * 64
 
 
 @njit(**OPTIONS)

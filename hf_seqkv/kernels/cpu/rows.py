@@ -16,12 +16,17 @@ from .simd import FAST, LANES, VECTOR, call, element, load, place, row_cases, sp
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _INTEGERS = ir.VectorType(_I32, LANES)
-# exp2 on [0, 1): degree 6, relative error 2e-7; highest power first.
-_EXP2 = (2.1864262e-4, 1.2390889e-3, 9.6845225e-3, 5.5480409e-2, 2.4023061e-1, 6.9314694e-1, 1.0)
+WHOLE = 12582912.0  # whole numbers below 1 << 22 added to it are its low bits
+# exp2 on [-1/2, 1/2]: degree 5, relative error 2e-7 in fp32; highest power first.
+_EXP2 = (1.327647129e-3, 9.675540961e-3, 5.550713092e-2, 2.402212024e-1, 6.931469440e-1, 1.000000119)
 
 
 def _constant(value):
     return ir.Constant(VECTOR, [value] * LANES)
+
+
+def _whole(value):
+    return ir.Constant(_INTEGERS, [value] * LANES)
 
 
 def _larger(b, x, y):
@@ -47,6 +52,18 @@ def maximum(typingctx, row, count):
     return types.float32(types.int64, types.int64), generate
 
 
+def _exponentials(b, x, top):
+    """`exp(x - top)`, 0 below 2**-127, and so for minus infinity."""
+    x = b.fmul(b.fsub(x, splat(b, top)), _constant(1.4426950408889634))
+    x = b.select(b.fcmp_ordered("<", x, _constant(-127.0)), _constant(-127.0), x)
+    whole = call(b, "llvm.rint.v16f32", VECTOR, x)
+    fraction, power = b.fsub(x, whole), _constant(_EXP2[0])
+    for factor in _EXP2[1:]:
+        power = b.fadd(b.fmul(power, fraction, flags=FAST), _constant(factor), flags=FAST)
+    bits = b.shl(b.add(b.fptosi(whole, _INTEGERS), _whole(127)), _whole(23))
+    return b.fmul(power, b.bitcast(bits, VECTOR))
+
+
 @intrinsic
 def exponentials(typingctx, row, count, top):
     """`exp(x - top)` in place, exactly 0 for minus infinity; returns the sum."""
@@ -56,53 +73,63 @@ def exponentials(typingctx, row, count, top):
         total = cgutils.alloca_once_value(b, _constant(0.0))
         b.store(_constant(0.0), total)
         with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
-            x = load(b, place(b, row, i))
-            seen = b.fcmp_unordered(">", x, _constant(float("-inf")))
-            x = b.fmul(b.fsub(x, splat(b, top)), _constant(1.4426950408889634))
-            x = b.select(b.fcmp_ordered("<", x, _constant(-126.0)), _constant(-126.0), x)
-            whole = call(b, "llvm.floor.v16f32", VECTOR, x)
-            fraction, power = b.fsub(x, whole), _constant(_EXP2[0])
-            for factor in _EXP2[1:]:
-                power = b.fadd(b.fmul(power, fraction, flags=FAST), _constant(factor), flags=FAST)
-            bits = b.add(b.fptosi(whole, _INTEGERS), ir.Constant(_INTEGERS, [127] * LANES))
-            bits = b.shl(bits, ir.Constant(_INTEGERS, [23] * LANES))
-            value = b.select(seen, b.fmul(power, b.bitcast(bits, VECTOR)), _constant(0.0))
-            store(b, value, place(b, row, i))
+            at = place(b, row, i)
+            value = _exponentials(b, load(b, at), top)
+            store(b, value, at)
             b.store(b.fadd(b.load(total), value), total)
         return _reduce(b, "fadd", b.load(total), ir.Constant(_F32, 0.0))
 
     return types.float32(types.int64, types.int64, types.float32), generate
 
 
-def _make_extents(apart: bool):
-    @intrinsic
-    def extents(typingctx, row, count):
-        def generate(context, b, signature, args):
-            row, count = args
-            top, *sums = (cgutils.alloca_once_value(b, _constant(0.0)) for _ in range(3))
-            for variable in (top, *sums):
-                b.store(_constant(0.0), variable)
-            with cgutils.for_range_slice(b, _I64(0), count, _I64(2 * LANES)) as (i, _):
-                for part, total in enumerate(sums):
-                    x = call(b, "llvm.fabs.v16f32", VECTOR, load(b, place(b, row, b.add(i, _I64(LANES * part)))))
-                    b.store(_larger(b, x, b.load(top)), top)
-                    b.store(b.fadd(b.load(total), x), total)
-            largest = _reduce(b, "fmax", b.load(top))
-            sums = [b.load(total) for total in sums]
-            if apart:
-                total = b.fmul(_reduce(b, "fmax", _larger(b, *sums)), ir.Constant(_F32, 2.0))
-            else:
-                total = _reduce(b, "fadd", b.fadd(*sums), ir.Constant(_F32, 0.0))
-            return context.make_tuple(b, signature.return_type, [largest, total])
+@intrinsic
+def weigh(typingctx, row, count, top, scale):
+    """`exp(x - top) * scale` in place, for `count` numbers, a multiple of 32.
 
-        return types.UniTuple(types.float32, 2)(types.int64, types.int64), generate
+    Returns the sum of the exponentials; of what is left the largest magnitude, and a bound of the sum that one of 16
+    lanes sees when every lane adds up pairs of neighbours.
+    """
 
-    return extents
+    def generate(context, b, signature, args):
+        row, count, top, scale = args
+        total, largest, *sums = (cgutils.alloca_once_value(b, _constant(0.0)) for _ in range(4))
+        for variable in (total, largest, *sums):
+            b.store(_constant(0.0), variable)
+        with cgutils.for_range_slice(b, _I64(0), count, _I64(2 * LANES)) as (i, _):
+            for part, lanes in enumerate(sums):
+                first = b.add(i, _I64(LANES * part))
+                at = place(b, row, first)
+                value = _exponentials(b, load(b, at), top)
+                b.store(b.fadd(b.load(total), value), total)
+                value = b.fmul(value, load(b, place(b, scale, first)))
+                store(b, value, at)
+                value = call(b, "llvm.fabs.v16f32", VECTOR, value)
+                b.store(_larger(b, value, b.load(largest)), largest)
+                b.store(b.fadd(b.load(lanes), value), lanes)
+        bound = b.fmul(_reduce(b, "fmax", _larger(b, *(b.load(lanes) for lanes in sums))), ir.Constant(_F32, 2.0))
+        found = _reduce(b, "fadd", b.load(total), ir.Constant(_F32, 0.0)), _reduce(b, "fmax", b.load(largest)), bound
+        return context.make_tuple(b, signature.return_type, found)
+
+    return types.UniTuple(types.float32, 3)(types.int64, types.int64, types.float32, types.int64), generate
 
 
-# Largest magnitude, and the sum of all; or instead of the sum, a bound of the sum that one of 16 lanes sees when every
-# lane adds up pairs of neighbours. `count` is a multiple of 32.
-extents, extents_apart = _make_extents(False), _make_extents(True)
+@intrinsic
+def extents(typingctx, row, count):
+    """Largest magnitude of `count` numbers, and the sum of all magnitudes."""
+
+    def generate(context, b, signature, args):
+        row, count = args
+        top, total = (cgutils.alloca_once_value(b, _constant(0.0)) for _ in range(2))
+        for variable in (top, total):
+            b.store(_constant(0.0), variable)
+        with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
+            x = call(b, "llvm.fabs.v16f32", VECTOR, load(b, place(b, row, i)))
+            b.store(_larger(b, x, b.load(top)), top)
+            b.store(b.fadd(b.load(total), x), total)
+        found = _reduce(b, "fmax", b.load(top)), _reduce(b, "fadd", b.load(total), ir.Constant(_F32, 0.0))
+        return context.make_tuple(b, signature.return_type, found)
+
+    return types.UniTuple(types.float32, 2)(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -113,27 +140,13 @@ def to_int16(typingctx, row, count, factor, out, apart):
         row, count, factor, out, apart = args
         words = ir.VectorType(_I16, LANES)
         with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
-            x = b.fmul(load(b, place(b, row, i)), splat(b, factor))
-            whole = b.fptosi(call(b, "llvm.rint.v16f32", VECTOR, x), _INTEGERS)
+            x = b.fmul(load(b, place(b, row, i)), splat(b, factor), flags=FAST)
+            whole = b.bitcast(b.fadd(x, _constant(WHOLE), flags=("contract",)), _INTEGERS)
             at = b.add(b.mul(b.lshr(i, _I64(6)), apart), b.and_(i, _I64(63)))
             store(b, b.trunc(whole, words), element(b, out, at, 2, words), 2)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, types.int64, types.int64), generate
-
-
-@intrinsic
-def scale_row(typingctx, row, count, scale):
-    """`row *= scale`, elementwise."""
-
-    def generate(context, b, signature, args):
-        row, count, scale = args
-        with cgutils.for_range_slice(b, _I64(0), count, _I64(LANES)) as (i, _):
-            at = place(b, row, i)
-            store(b, b.fmul(load(b, at), load(b, place(b, scale, i))), at)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
 
 
 def _make_widen(type_, expand):
@@ -157,10 +170,6 @@ def _make_widen(type_, expand):
         return types.boolean(types.int64, types.int64, types.int64), generate
 
     return widen
-
-
-def _whole(value):
-    return ir.Constant(_INTEGERS, [value] * LANES)
 
 
 def _expand_bf16(b, raw):
