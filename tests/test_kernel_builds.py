@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from kernel_cases import CASES, build
@@ -33,6 +34,15 @@ if "avx512bw" in features():
 @pytest.mark.parametrize("name", PATHS)
 def test_other_processors(name):
     assert on_another(name, __file__) == f"{PATHS[name]}, {len(SOME)} cases"
+
+
+@pytest.mark.skipif("avx2" not in features(), reason="its instructions stand in for AVX-512's")
+@pytest.mark.skipif("avx512bw" in features(), reason="has AVX-512 itself")
+def test_avx512(tmp_path):
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, emulated.__file__], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"int16 dot products (AVX-512, VNNI), {len(SOME)} cases"
 
 
 def check_some():
