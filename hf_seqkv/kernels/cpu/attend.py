@@ -109,8 +109,9 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     template, counts, pages = _template(view.codec), view.counts, view.pages
     heads, value_dim = template.heads, template.value_dim
     rows, pairs = query_heads // heads * steps, batch * heads
-    query32 = query.detach().float().contiguous()
-    out = torch.empty(batch, steps, query_heads, value_dim)
+    dtype = query.dtype
+    query = (query.detach() if dtype in _READ else query.detach().float()).contiguous()
+    out = torch.empty(batch, steps, query_heads, value_dim, dtype=query.dtype)
     splits, blocks = -(-max(counts, default=0) // SPLIT), -(-rows // ROWS)
     parts = pairs * (splits + 1) * rows
     tasks = parts // rows * blocks
@@ -127,7 +128,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     of_rows = progress + 16 + 8 * pairs
     tops = mixed + 4 * parts * value_dim
     # In the order of `call.CALL`, behind what the codec fixes.
-    call = [query32.data_ptr(), out.data_ptr(), batch, rows, steps, splits, blocks, tasks]
+    call = [query.data_ptr(), out.data_ptr(), query.dtype == torch.bfloat16, batch, rows, steps, splits, blocks, tasks]
     call += mixed, tops, tops + 4 * parts, tops + 8 * parts, progress, progress + 8, progress + 16
     call += of_rows, of_rows + 8 * batch, of_rows + 48 * batch, len(runs)
     call += pages.data_ptr(), pages.stride(0), view.length, view.offset
@@ -176,4 +177,4 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     if splits > 1:
         threads.run(worker.PREPARE, record, pairs * blocks)
     threads.run(worker.ATTEND, record, tasks)
-    return out.to(query.dtype)
+    return out.to(dtype)

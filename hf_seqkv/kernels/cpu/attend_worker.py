@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, cfunc, njit, prange
 
-from .call import CALL, SPLIT, padded
+from .call import CALL, SPLIT, padded, read_row
 from .dense import dense_part, merge
 from .jit import OPTIONS, pointer, take_number
 from .paged import pages_part, prepare, room
@@ -13,15 +13,18 @@ from .simd import ROWS
 from .threads import Entry
 
 # numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernels.py`).
-CALLS = "ce31b1ea3d630136"
+CALLS = "4cc2321a59afb0bc"
 
 
 @njit(**OPTIONS)
 def _query(a, pair, row0, rows):
     """Scaled query rows `[rows, Dk]`, padded with zeros to a multiple of 16 components."""
-    at = a.query + 4 * (pair * a.rows + row0) * a.key_dim
-    out = np.zeros((rows, padded(a.key_dim, 16)), np.float32)
-    out[:, : a.key_dim] = carray(pointer(at), (rows, a.key_dim), np.float32) * a.scaling
+    dim, item = a.key_dim, 2 if a.bf16 else 4
+    out = np.zeros((rows, padded(dim, 16)), np.float32)
+    for r in range(rows):
+        at = a.query + item * (pair * a.rows + row0 + r) * dim
+        read_row(at, a.bf16, dim, out.ctypes.data + 4 * r * out.shape[1])
+    out *= a.scaling
     return out
 
 

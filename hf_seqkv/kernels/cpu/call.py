@@ -17,7 +17,7 @@ _SIDE = (
 # Everything a call works on: addresses, strides in elements, counts, then the floats; first what a codec fixes.
 FIXED = ("heads", "size", "page_bytes", *(f"{side}_{name}" for side in ("key", "value") for name in _SIDE))
 _OWN = (
-    *("query", "out", "batch", "rows", "steps", "splits", "blocks", "tasks"),
+    *("query", "out", "bf16", "batch", "rows", "steps", "splits", "blocks", "tasks"),
     *("mixed", "tops", "totals", "prepared", "prepare_next", "attend_next", "done", "counts", "page_slots"),
     *("dense", "runs", "pages", "page_row", "length", "offset", "causal", "window"),
     *("constant", "starts", "starts_row", "relative", "half", "interleaved"),
@@ -42,6 +42,29 @@ DENSE = np.dtype(
 @njit(**OPTIONS)
 def padded(count, multiple):
     return -(-count // multiple) * multiple
+
+
+@njit(**OPTIONS)
+def read_row(address, bf16, count, out):
+    """`count` numbers at an address, bf16 or fp32, to the address `out` as fp32."""
+    if bf16:
+        raw, bits = carray(pointer(address), count, np.uint16), carray(pointer(out), count, np.int32)
+        for d in range(count):
+            bits[d] = np.int32(np.uint32(raw[d]) << np.uint32(16))
+    else:
+        carray(pointer(out), count, np.float32)[:] = carray(pointer(address), count, np.float32)
+
+
+@njit(**OPTIONS)
+def write_row(row, address, bf16):
+    """The inverse of `read_row`, rounded to the nearest, of two to the even one."""
+    if bf16:
+        raw, bits = carray(pointer(address), row.shape[0], np.uint16), row.view(np.int32)
+        for d in range(row.shape[0]):
+            rounded = (bits[d] + np.int32(0x7FFF) + (bits[d] >> np.int32(16) & np.int32(1))) >> np.int32(16)
+            raw[d] = np.uint16(rounded if row[d] == row[d] else np.int32(0x7FC0))
+    else:
+        carray(pointer(address), row.shape[0], np.float32)[:] = row
 
 
 @njit(**OPTIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from .call import DENSE, SPLIT, limit, padded, rotated_rows, unlimited
+from .call import DENSE, SPLIT, limit, padded, read_row, rotated_rows, unlimited, write_row
 from .jit import OPTIONS, pointer
 from .rows import dots, exponentials, maximum
 from .simd import add_product
@@ -27,13 +27,7 @@ def _tokens(address, bf16, at, token, count, dim):
         return address + 4 * at, token, np.empty((0, 0), np.float32)
     out = np.zeros((count, padded(dim, 16)), np.float32)
     for t in range(count):
-        if bf16:
-            raw = carray(pointer(address + 2 * (at + t * token)), dim, np.uint16)
-            bits = out[t].view(np.int32)
-            for d in range(dim):
-                bits[d] = np.int32(np.uint32(raw[d]) << np.uint32(16))
-        else:
-            out[t, :dim] = carray(pointer(address + 4 * (at + t * token)), dim, np.float32)
+        read_row(address + (2 if bf16 else 4) * (at + t * token), bf16, dim, out.ctypes.data + 4 * t * out.shape[1])
     return out.ctypes.data, out.shape[1], out
 
 
@@ -114,8 +108,7 @@ def merge(a, b, h):
     totals = carray(pointer(a.totals + 4 * index * rows), (parts, rows), np.float32)
     mixed = carray(pointer(a.mixed + 4 * index * rows * dim), (parts, rows, dim), np.float32)
     mean = carray(pointer(a.value_mean + 4 * h * dim), dim, np.float32)
-    groups = rows // a.steps
-    out = carray(pointer(a.out), (a.batch, a.steps, a.heads * groups, dim), np.float32)
+    groups, row = rows // a.steps, np.empty(dim, np.float32)
     held = -(-carray(pointer(a.counts), a.batch, np.int64)[b] // SPLIT)
     coded, coded_total = np.zeros((rows, dim), np.float32), np.zeros(rows, np.float32)
     top, total = np.empty(rows, np.float32), np.zeros(rows, np.float32)
@@ -136,11 +129,11 @@ def merge(a, b, h):
                 coded[r, d] += weight * mixed[part, r, d]
     rotated = rotated_rows(coded, a.value_matrix + h * a.value_matrix_head, dim)
     for r in range(rows):
-        row = out[b, r % a.steps, h * groups + r // a.steps]
         row[:] = 0
-        if top[r] == -np.inf:
-            continue
-        weight = np.exp(tops[parts - 1, r] - top[r])
-        total[r] += coded_total[r] + weight * totals[parts - 1, r]
-        for d in range(dim):
-            row[d] = (weight * mixed[parts - 1, r, d] + rotated[r, d] + coded_total[r] * mean[d]) / total[r]
+        if top[r] != -np.inf:
+            weight = np.exp(tops[parts - 1, r] - top[r])
+            total[r] += coded_total[r] + weight * totals[parts - 1, r]
+            for d in range(dim):
+                row[d] = (weight * mixed[parts - 1, r, d] + rotated[r, d] + coded_total[r] * mean[d]) / total[r]
+        place = (b * a.steps + r % a.steps) * a.heads * groups + h * groups + r // a.steps
+        write_row(row, a.out + (2 if a.bf16 else 4) * place * dim, a.bf16)
