@@ -110,7 +110,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     heads, value_dim = template.heads, template.value_dim
     rows, pairs = query_heads // heads * steps, batch * heads
     dtype = query.dtype
-    query = (query.detach() if dtype in _READ else query.detach().float()).contiguous()
+    query = (query if dtype in _READ else query.detach().float()).contiguous()
     out = torch.empty(batch, steps, query_heads, value_dim, dtype=query.dtype)
     splits, blocks = -(-max(counts, default=0) // SPLIT), -(-rows // ROWS)
     parts = pairs * (splits + 1) * rows
@@ -177,4 +177,4 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     if splits > 1:
         threads.run(worker.PREPARE, record, pairs * blocks)
     threads.run(worker.ATTEND, record, tasks)
-    return out.to(dtype)
+    return out if query.dtype == dtype else out.to(dtype)
