@@ -1,8 +1,9 @@
 """The CPU kernels as compiled where a processor has AVX-512, whose instructions are others' here, of AVX2.
 
-`PYTHONPATH=tests python tests/emulated.py` checks some cases of `kernel_cases.py`; nothing of it is fast.
+`NUMBA_CACHE_DIR=$(mktemp -d) python tests/emulated.py` checks some cases of `kernel_cases.py`; nothing of it is fast.
 """
 
+import os
 import sys
 import types
 
@@ -42,7 +43,11 @@ def looked_up(b, shuffle, call, tables, index):
 
 
 def emulate():
-    """Import the kernels with these instructions instead of their own."""
+    """Import the kernels with these instructions instead of their own.
+
+    numba's cache knows of the real processor alone: what is compiled here must not get into the one that all use.
+    """
+    assert "NUMBA_CACHE_DIR" in os.environ, "set NUMBA_CACHE_DIR to a folder of its own"
     package = types.ModuleType(CPU)  # for modules to be imported before all that needs them is
     package.__path__ = [f"{hf_seqkv.kernels.__path__[0]}/cpu"]
     sys.modules[CPU] = package

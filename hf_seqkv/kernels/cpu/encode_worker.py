@@ -12,7 +12,7 @@ from .jit import OPTIONS, pointer, take_number
 from .simd import LANES, add_product
 from .threads import Entry
 
-# numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernels.py`).
+# numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernel_builds.py`).
 CALLS = "1c4c8569964a123e"
 
 FP32, BF16, FP16 = range(3)

@@ -103,9 +103,9 @@ def score(operand, factors, scale, tile, dim, out, out_stride):
 
 @njit(**OPTIONS)
 def runs_of(widths, size):
-    """`[n, 2]`: the first of some components, and how many pairs of one width begin there; 0 for two that are unlike.
+    """Runs of components `[n, 2]`: the first, and how many pairs of its width follow from it on.
 
-    Two are also alike to nothing where they cannot be looked up: width above `_WIDEST`, or pages that are not of 64.
+    0 stands for two that go through a tile: unlike ones, of more than `_WIDEST` bits, or of pages that are not of 64.
     """
     found, n, d = np.zeros((widths.shape[0], 2), np.int64), 0, 0
     while d < widths.shape[0]:

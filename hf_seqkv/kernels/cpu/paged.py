@@ -20,7 +20,7 @@ if simd16.available():
 else:
     from . import float32 as path
 
-FIRST = 384  # bytes
+_FIRST = 384  # bytes of a head's values that are prefetched before the mix, which asks for the rest
 _OPERAND, _ITEM = path.OPERAND, np.dtype(path.OPERAND).itemsize
 _extents, _unit_for, _to_operand, _to_weights = path.extents, path.unit_for, path.to_operand, path.to_weights
 _score, _score_codes, _mix_codes, _runs_of = path.score, path.score_codes, path.mix_codes, path.runs_of
@@ -239,7 +239,7 @@ def _score_pages(a, b, h, part, row0, first, count, scores, scale):
         # What is read next: the next page's scales, then of this page what the mix begins with.
         prefetch_bytes(key_scales + a.page_bytes, size * a.key_scale_bytes)
         prefetch_bytes(page + a.value_scales + a.value_scale_bytes * h * size, size * a.value_scale_bytes)
-        prefetch_bytes(page + values, FIRST)
+        prefetch_bytes(page + values, _FIRST)
         some_hidden = _read_scales(key_scales, size, a.key_scale_bytes, scale)
         for r in range(rows):
             row = carray(pointer(scores.ctypes.data + 4 * wide * (r * count + n)), wide, np.float32)
