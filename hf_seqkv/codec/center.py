@@ -81,7 +81,7 @@ def rotate(x: torch.Tensor, rows: torch.Tensor, interleaved: bool, inverse: bool
     return _unpairs(a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :], interleaved)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Center:
     """What a kernel needs to add the constant part back.
 

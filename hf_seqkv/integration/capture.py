@@ -29,7 +29,7 @@ class RopeLayout:
     columns: slice
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Noted:
     """One forward of one layer; everything is None where nothing was captured.
 
@@ -185,7 +185,10 @@ def _note(module: torch.nn.Module, cache: Listener, attention_mask, position_emb
 
 def _listener(args, kwargs) -> Listener | None:
     """The cache that a module is called with, whatever the module calls it."""
-    return next((x for x in (*kwargs.values(), *args) if isinstance(x, Listener)), None)
+    for x in (*kwargs.values(), *args):
+        if isinstance(x, Listener):
+            return x
+    return None
 
 
 def _before_attention(module, args, kwargs):

@@ -128,8 +128,9 @@ class SeqKVLayer(PagedTokens, DynamicLayer):
         self._flush(source, self._count(source, self.start, new))
 
     def _check(self, key_states, value_states) -> None:
-        held = (self.recent_k.shape[0], self.codec.heads, self.codec.key_dim, self.codec.value_dim, self.dtype)
-        given = (*key_states.shape[:2], key_states.shape[-1], value_states.shape[-1], key_states.dtype)
+        batch, heads, _, key_dim = key_states.shape
+        held = len(self.start), self.codec.heads, self.codec.key_dim, self.codec.value_dim, self.dtype
+        given = batch, heads, key_dim, value_states.shape[3], key_states.dtype
         if held != given:
             raise ConfigError(
                 f"layer {self.index} holds (batch, KV heads, key dim, value dim, dtype) {held} and was given {given}; "

@@ -26,7 +26,7 @@ from ..config import BACKENDS
 from ..errors import BackendError, SeqKVWarning
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DenseRun:
     """Dense tokens of each row: token `j` of row `b` has slot `slots[b] + j` and counts if `begin[b] <= j`.
 
@@ -41,7 +41,7 @@ class DenseRun:
     begin: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SideTable:
     """Tokens of pages that are held dense because much depends on them: token `j` of row `b` has slot `slots[b, j]`.
 
@@ -57,7 +57,7 @@ class SideTable:
     slots: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LayerView:
     """Snapshot of one layer's cache: what a step attends to. Nothing in it is copied.
 
@@ -88,7 +88,7 @@ class LayerView:
     live: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Scoring:
     """How scores are made, besides the mask.
 
@@ -148,9 +148,6 @@ def _backend(name: str) -> Backend | str:
     return Backend(name, attend_codes, encode_pages, unpack_pages, tolerance)
 
 
-_OBSTACLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
 def _obstacle(name: str, codec: PageCodec, device: torch.device) -> str | None:
     """Why a compiled backend cannot read these pages, or None."""
     if (device.type == "cpu") != (name == "cpu"):
@@ -169,7 +166,26 @@ def _obstacle(name: str, codec: PageCodec, device: torch.device) -> str | None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, SeqKVWarning, stacklevel=3)
+    warnings.warn(message, SeqKVWarning, stacklevel=4)
+
+
+_CHOSEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _choose(name: str, codec: PageCodec, device: torch.device) -> Backend:
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r} is not one of {', '.join(map(repr, BACKENDS))} (see HF_SEQKV_BACKEND)")
+    # Dense pages hold plain tensors: torch's own matmul is the fast path for them.
+    wanted = "reference" if not isinstance(codec, QuantizedPageCodec) else name
+    if wanted == "auto":
+        wanted = "cpu" if device.type == "cpu" else "triton"
+    why = None if wanted == "reference" else _obstacle(wanted, codec, device)
+    if why is None:
+        return _backend(wanted)
+    if name != "auto":
+        raise BackendError(f"backend {name!r}: {why}; use 'auto' or 'reference'")
+    _warn_once(f"the {wanted} kernel is not used: {why}. Attention uses the slower torch backend")
+    return _backend("reference")
 
 
 def select_backend(name: str, codec: PageCodec, device: torch.device) -> Backend:
@@ -182,19 +198,8 @@ def select_backend(name: str, codec: PageCodec, device: torch.device) -> Backend
         BackendError: The backend named cannot run for this codec, for this device or here.
     """
     name = (os.environ.get("HF_SEQKV_BACKEND") or "auto") if name == "auto" else name
-    if name not in BACKENDS:
-        raise BackendError(f"backend {name!r} is not one of {', '.join(map(repr, BACKENDS))} (see HF_SEQKV_BACKEND)")
-    # Dense pages hold plain tensors: torch's own matmul is the fast path for them.
-    wanted = "reference" if not isinstance(codec, QuantizedPageCodec) else name
-    if wanted == "auto":
-        wanted = "cpu" if device.type == "cpu" else "triton"
-    known = _OBSTACLES.setdefault(codec, {})  # asked for in every layer of every step
-    if (wanted, device) not in known:
-        known[wanted, device] = None if wanted == "reference" else _obstacle(wanted, codec, device)
-    why = known[wanted, device]
-    if why is None:
-        return _backend(wanted)
-    if name != "auto":
-        raise BackendError(f"backend {name!r}: {why}; use 'auto' or 'reference'")
-    _warn_once(f"the {wanted} kernel is not used: {why}. Attention uses the slower torch backend")
-    return _backend("reference")
+    chosen = _CHOSEN.setdefault(codec, {})  # asked for in every layer of every step
+    backend = chosen.get((name, device))
+    if backend is None:
+        backend = chosen[name, device] = _choose(name, codec, device)
+    return backend

@@ -7,9 +7,9 @@ counts.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import weakref
-from array import array
 
 import numpy as np
 import torch
@@ -22,9 +22,15 @@ from .call import CALL, DENSE, FIXED, SPLIT
 from .simd import ROWS
 
 _TEMPLATES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_FLOATS, _WORDS = struct.Struct("4f"), struct.Struct("2q")
+_FLOATS = struct.Struct("4f")
 _RECORD, _NONE = CALL.itemsize // 8, [0] * 6
 _READ = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def _words(count: int) -> struct.Struct:
+    """`count` int64."""
+    return struct.Struct(f"{count}q")
 
 
 def path() -> str:
@@ -70,7 +76,7 @@ class _Template:
             fields[f"{name}_scale_bytes"] = side.scale_bits // 8
             fields |= {f"{name}_{part}": codec.sections[f"{name}_{part}"][0] for part in ("codes", "scales")}
             self.held.append(arrays)
-        self.fields = array("q", [fields[name] for name in FIXED])
+        self.fields = _words(len(FIXED)).pack(*(fields[name] for name in FIXED))
         self.table = self.tile = self.unit = self.at = None
 
     def relative(self, table: torch.Tensor) -> tuple[int, float]:
@@ -113,23 +119,22 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
     query = (query if dtype in _READ else query.detach().float()).contiguous()
     out = torch.empty(batch, steps, query_heads, value_dim, dtype=query.dtype)
     splits, blocks = -(-max(counts, default=0) // SPLIT), -(-rows // ROWS)
-    parts = pairs * (splits + 1) * rows
-    tasks = parts // rows * blocks
+    parts, units = pairs * (splits + 1) * rows, pairs * blocks
     runs = (view.sinks, view.recent) if view.side is None else (view.sinks, view.recent, view.side)
 
     # One piece of memory has what the parts compute, then the record, how far the workers are, numbers of every row,
     # and the runs of dense tokens.
     results = parts * (value_dim + 2) + pairs * rows * (2 * dim + 34)
     results += results % 2
-    memory = torch.empty(results + 2 * (_RECORD + 2 + pairs + 6 * batch + len(runs) * len(DENSE)))
+    memory = torch.empty(results + 2 * (_RECORD + 1 + pairs + units + 6 * batch + len(runs) * len(DENSE)))
     mixed = memory.data_ptr()
     record = mixed + 4 * results
     progress = record + 8 * _RECORD
-    of_rows = progress + 16 + 8 * pairs
+    of_rows = progress + 8 * (1 + pairs + units)
     tops = mixed + 4 * parts * value_dim
     # In the order of `call.CALL`, behind what the codec fixes.
-    call = [query.data_ptr(), out.data_ptr(), query.dtype == torch.bfloat16, batch, rows, steps, splits, blocks, tasks]
-    call += mixed, tops, tops + 4 * parts, tops + 8 * parts, progress, progress + 8, progress + 16
+    call = [query.data_ptr(), out.data_ptr(), query.dtype == torch.bfloat16, batch, rows, steps, splits, blocks]
+    call += mixed, tops, tops + 4 * parts, tops + 8 * parts, progress, progress + 8, progress + 8 + 8 * pairs
     call += of_rows, of_rows + 8 * batch, of_rows + 48 * batch, len(runs)
     call += pages.data_ptr(), pages.stride(0), view.length, view.offset
     call += scoring.causal and mask is None, scoring.window or 0
@@ -157,8 +162,8 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
         logits = scoring.sink_logits.detach().float().contiguous()
         call.append(logits.data_ptr())
         held.append(logits)
-    call += _WORDS.unpack(_FLOATS.pack(scoring.scaling, scoring.softcap or 0, unit, 0))
-    call += [0] * (2 + pairs)
+    call += _words(2).unpack(_FLOATS.pack(scoring.scaling, scoring.softcap or 0, unit, 0))
+    call += [0] * (1 + pairs + units)
     call += *counts, *view.page_slots, *view.sinks.slots, *view.sinks.begin, *view.recent.slots, *view.recent.begin
     slots = of_rows + 16 * batch
     for run in runs:
@@ -172,9 +177,7 @@ def attend_codes(query: torch.Tensor, view: LayerView, mask: torch.Tensor | None
             slots += 16 * batch
         call += k.shape[2], k.dtype == torch.bfloat16, *ks, *vs
         held += k, v
-    whole = template.fields + array("q", call)
-    ctypes.memmove(record, whole.buffer_info()[0], 8 * len(whole))
-    if splits > 1:
-        threads.run(worker.PREPARE, record, pairs * blocks)
-    threads.run(worker.ATTEND, record, tasks)
+    whole = template.fields + _words(len(call)).pack(*call)
+    ctypes.memmove(record, whole, len(whole))
+    threads.run(worker.ATTEND, record, units * (splits + 1))
     return out if query.dtype == dtype else out.to(dtype)

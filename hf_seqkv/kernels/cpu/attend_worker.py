@@ -1,4 +1,4 @@
-"""Entry points of the CPU attention kernel: workers that take task after task."""
+"""Entry point of the CPU attention kernel: a worker that takes task after task."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from numba import carray, cfunc, njit, prange
 
 from .call import CALL, SPLIT, padded, read_row
 from .dense import dense_part, merge
-from .jit import OPTIONS, pointer, take_number
+from .jit import OPTIONS, pointer, take_number, wait_for
 from .paged import pages_part, prepare, room
 from .simd import ROWS
 from .threads import Entry
 
 # numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernel_builds.py`).
-CALLS = "82d55ab89e9a382e"
+CALLS = "0519268e6c0a5e3d"
 
 
 @njit(**OPTIONS)
@@ -29,48 +29,38 @@ def _query(a, pair, row0, rows):
 
 
 @njit(**OPTIONS)
-def _prepare(address):
-    """Take blocks of query rows until none is left."""
-    a = carray(pointer(address), 1, CALL)[0]
-    while True:
-        task = take_number(a.prepare_next)
-        if task >= a.tasks // (a.splits + 1):
-            return
-        pair, row0 = task // a.blocks, task % a.blocks * ROWS
-        query = _query(a, pair, row0, min(ROWS, a.rows - row0))
-        prepare(a, query, pair // a.heads, pair % a.heads, row0)
-
-
-@njit(**OPTIONS)
 def _attend(address):
     """Take tasks until none is left.
 
     A task is a KV head of one row of the batch, up to `ROWS` of its query rows (a query row is a query head and a new
     token), and a part of the tokens: `SPLIT` pages or all dense tokens. Whoever finishes the last part of a head merges
-    its parts, in order. Where all pages are one part, nobody else needs what that part prepares.
+    its parts, in order. What several parts need of query rows is prepared by tasks before them, and waited for;
+    whoever is waited for has begun, so that this ends however few threads there are.
     """
     a = carray(pointer(address), 1, CALL)[0]
-    parts, memory = a.splits + 1, room(a)
+    parts, memory, units = a.splits + 1, room(a), a.batch * a.heads * a.blocks
+    prepares = units if a.splits > 1 else 0
     while True:
-        task = take_number(a.attend_next)
-        if task >= a.tasks:
+        task = take_number(a.next)
+        if task >= prepares + parts * units:
             return
-        part, rest = task // (a.tasks // parts), task % (a.tasks // parts)
-        pair, row0 = rest // a.blocks, rest % a.blocks * ROWS
+        part, unit = (task - prepares) // units, task % units
+        pair, row0 = unit // a.blocks, unit % a.blocks * ROWS
         b, h, rows = pair // a.heads, pair % a.heads, min(ROWS, a.rows - row0)
+        if task < prepares:
+            prepare(a, _query(a, pair, row0, rows), b, h, row0)
+            take_number(a.ready + 8 * unit)
+            continue
         if part == a.splits:
             dense_part(a, _query(a, pair, row0, rows), b, h, row0)
         elif part * SPLIT < carray(pointer(a.counts), a.batch, np.int64)[b]:
-            if a.splits == 1:
+            if prepares:
+                wait_for(a.ready + 8 * unit)
+            else:
                 prepare(a, _query(a, pair, row0, rows), b, h, row0)
             pages_part(a, memory, b, h, part, row0, rows)
         if take_number(a.done + 8 * pair) == parts * a.blocks - 1:
             merge(a, b, h)
-
-
-@cfunc("void(int64)", cache=True)
-def prepare_entry(address):
-    _prepare(address)
 
 
 @cfunc("void(int64)", cache=True)
@@ -79,16 +69,9 @@ def attend_entry(address):
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _prepare_on_numbas_pool(address, threads):
-    for _ in prange(threads):
-        _prepare(address)
-
-
-@njit(cache=True, parallel=True, nogil=True)
-def _attend_on_numbas_pool(address, threads):
+def _on_numbas_pool(address, threads):
     for _ in prange(threads):
         _attend(address)
 
 
-PREPARE = Entry(prepare_entry, _prepare_on_numbas_pool)
-ATTEND = Entry(attend_entry, _attend_on_numbas_pool)
+ATTEND = Entry(attend_entry, _on_numbas_pool)

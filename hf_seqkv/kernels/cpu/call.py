@@ -17,8 +17,8 @@ _SIDE = (
 # Everything a call works on: addresses, strides in elements, counts, then the floats; first what a codec fixes.
 FIXED = ("heads", "size", "page_bytes", *(f"{side}_{name}" for side in ("key", "value") for name in _SIDE))
 _OWN = (
-    *("query", "out", "bf16", "batch", "rows", "steps", "splits", "blocks", "tasks"),
-    *("mixed", "tops", "totals", "prepared", "prepare_next", "attend_next", "done", "counts", "page_slots"),
+    *("query", "out", "bf16", "batch", "rows", "steps", "splits", "blocks"),
+    *("mixed", "tops", "totals", "prepared", "next", "done", "ready", "counts", "page_slots"),
     *("dense", "runs", "pages", "page_row", "length", "offset", "causal", "window"),
     *("constant", "starts", "starts_row", "relative", "half", "interleaved"),
     *("mask", "mask_kind", "mask_row", "mask_head", "mask_step", "sink_logits"),

@@ -25,7 +25,8 @@ def _tokens(address, bf16, at, token, count, dim):
     """
     if not bf16 and dim % 16 == 0:
         return address + 4 * at, token, np.empty((0, 0), np.float32)
-    out = np.zeros((count, padded(dim, 16)), np.float32)
+    out = np.empty((count, padded(dim, 16)), np.float32)
+    out[:, dim:] = 0
     for t in range(count):
         read_row(address + (2 if bf16 else 4) * (at + t * token), bf16, dim, out.ctypes.data + 4 * t * out.shape[1])
     return out.ctypes.data, out.shape[1], out
@@ -100,6 +101,13 @@ def dense_part(a, query, b, h, row0):
 
 
 @njit(**OPTIONS)
+def _add(row, weight, to):
+    """`to += weight * row`. Of few arrays, and its numbers in variables: else loops over them stay scalar."""
+    for d in range(to.shape[0]):
+        to[d] += weight * row[d]
+
+
+@njit(**OPTIONS)
 def merge(a, b, h):
     """Join the parts of a head in order, rotate the pages' back, normalise, store `out [B, Tq, Hq, Dv]`."""
     dim, rows, parts = a.value_dim, a.rows, a.splits + 1
@@ -108,32 +116,32 @@ def merge(a, b, h):
     totals = carray(pointer(a.totals + 4 * index * rows), (parts, rows), np.float32)
     mixed = carray(pointer(a.mixed + 4 * index * rows * dim), (parts, rows, dim), np.float32)
     mean = carray(pointer(a.value_mean + 4 * h * dim), dim, np.float32)
-    groups, row = rows // a.steps, np.empty(dim, np.float32)
+    groups = rows // a.steps
     held = -(-carray(pointer(a.counts), a.batch, np.int64)[b] // SPLIT)
     coded, coded_total = np.zeros((rows, dim), np.float32), np.zeros(rows, np.float32)
-    top, total = np.empty(rows, np.float32), np.zeros(rows, np.float32)
+    dense, total = np.zeros(rows, np.float32), np.zeros(rows, np.float32)  # weights of the dense part, and of all
     for r in range(rows):
-        top[r] = tops[parts - 1, r]
+        top = tops[parts - 1, r]
         for part in range(held):
-            top[r] = _larger(top[r], tops[part, r])
+            top = _larger(top, tops[part, r])
         if a.sink_logits:
             logit = carray(pointer(a.sink_logits), a.heads * groups, np.float32)[h * groups + r // a.steps]
-            top[r] = _larger(top[r], logit)
-            total[r] = np.exp(logit - top[r])
-        if top[r] == -np.inf:
+            top = _larger(top, logit)
+            total[r] = np.exp(logit - top)
+        if top == -np.inf:
             continue
         for part in range(held):
-            weight = np.exp(tops[part, r] - top[r])
+            weight = np.exp(tops[part, r] - top)
             coded_total[r] += weight * totals[part, r]
-            for d in range(dim):
-                coded[r, d] += weight * mixed[part, r, d]
+            _add(mixed[part, r], weight, coded[r])
+        dense[r] = np.exp(tops[parts - 1, r] - top)
+        total[r] += coded_total[r] + dense[r] * totals[parts - 1, r]
     rotated = rotated_rows(coded, a.value_matrix + h * a.value_matrix_head, dim)
     for r in range(rows):
-        row[:] = 0
-        if top[r] != -np.inf:
-            weight = np.exp(tops[parts - 1, r] - top[r])
-            total[r] += coded_total[r] + weight * totals[parts - 1, r]
-            for d in range(dim):
-                row[d] = (weight * mixed[parts - 1, r, d] + rotated[r, d] + coded_total[r] * mean[d]) / total[r]
+        row = rotated[r, :dim]
+        if total[r] != 0:
+            _add(mixed[parts - 1, r], dense[r], row)
+            _add(mean, coded_total[r], row)
+            row /= total[r]
         place = (b * a.steps + r % a.steps) * a.heads * groups + h * groups + r // a.steps
         write_row(row, a.out + (2 if a.bf16 else 4) * place * dim, a.bf16)

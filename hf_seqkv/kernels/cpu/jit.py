@@ -39,6 +39,24 @@ def take_number(typingctx, address):
     return types.int64(types.int64), generate
 
 
+@intrinsic
+def wait_for(typingctx, address):
+    """Return as soon as the int64 at an address is not 0, and all that was written before it became so is seen."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        again = builder.append_basic_block("wait")
+        after = builder.append_basic_block("ready")
+        builder.branch(again)
+        builder.position_at_end(again)
+        found = builder.load_atomic(place, "acquire", 8)
+        builder.cbranch(builder.icmp_signed("==", found, ir.IntType(64)(0)), again, after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 @njit(**OPTIONS)
 def planar_code(codes, width, token, size):
     """Code of a token of one component from its bytes; the layout is `codec.packing`'s."""

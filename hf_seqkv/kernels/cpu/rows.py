@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...codec.scales import BIAS, HELD
-from .simd import FAST, LANES, VECTOR, call, element, load, place, row_cases, splat, store
+from .simd import FAST, LANES, ROWS, VECTOR, added_up, call, element, load, place, row_cases, splat, store
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _INTEGERS = ir.VectorType(_I32, LANES)
@@ -195,18 +195,20 @@ def dots(typingctx, left, left_stride, rows, right, right_stride, count, dim, ou
         left, left_stride, rows, right, right_stride, count, dim, out, out_stride = args
 
         def emit(n):
-            sums = [cgutils.alloca_once_value(b, _constant(0.0)) for _ in range(n)]
+            none = _constant(0.0)
+            sums = [cgutils.alloca_once_value(b, none) for _ in range(n)]
             with cgutils.for_range(b, count) as token:
                 for total in sums:
-                    b.store(_constant(0.0), total)
+                    b.store(none, total)
                 with cgutils.for_range_slice(b, _I64(0), dim, _I64(LANES)) as (d, _):
                     x = load(b, place(b, right, b.add(b.mul(token.index, right_stride), d)))
                     for r, total in enumerate(sums):
                         y = load(b, place(b, left, b.add(b.mul(left_stride, _I64(r)), d)))
                         b.store(b.fadd(b.load(total), b.fmul(x, y, flags=FAST), flags=FAST), total)
-                for r, total in enumerate(sums):
+                found = added_up(b, [b.load(total) for total in sums] + [none] * (ROWS - n))
+                for r in range(n):
                     at = place(b, out, b.add(b.mul(out_stride, _I64(r)), token.index), _F32)
-                    store(b, _reduce(b, "fadd", b.load(total), ir.Constant(_F32, 0.0)), at)
+                    store(b, b.extract_element(found, _I32(r)), at)
 
         row_cases(b, rows, emit)
         return context.get_dummy_value()

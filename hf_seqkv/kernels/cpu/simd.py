@@ -66,6 +66,29 @@ def splat(builder, scalar):
     return shuffle(builder, builder.insert_element(vector, scalar, _I32(0)), None, [0] * LANES)
 
 
+def added_up(b, vectors):
+    """Sums of the lanes of vectors of floats, of which there are 4 or 16, as one vector."""
+    count = len(vectors)
+
+    def halved(x):
+        lanes = list(range(x.type.count))
+        return b.fadd(*(shuffle(b, x, None, half) for half in (lanes[: len(lanes) // 2], lanes[len(lanes) // 2 :])))
+
+    while vectors[0].type.count > 2 * count:
+        vectors = [halved(x) for x in vectors]
+    run = 1  # of lanes that are kept together: neighbours first, then whole quarters of a register
+    while len(vectors) > 1:
+        lanes, pairs = range(vectors[0].type.count), zip(vectors[::2], vectors[1::2], strict=True)
+        if run < 4:  # [x0 + x1, x2 + x3, y0 + y1, y2 + y3], each four lanes for themselves
+            even = [first + at for first in lanes[::4] for at in (0, 2, len(lanes), len(lanes) + 2)]
+            odd = [i + 1 for i in even]
+        else:
+            even = [first + at for first in range(0, 2 * len(lanes), 8) for at in range(4)]
+            odd = [i + 4 for i in even]
+        vectors, run = [b.fadd(shuffle(b, x, y, even), shuffle(b, x, y, odd)) for x, y in pairs], 2 * run
+    return halved(vectors[0]) if vectors[0].type.count > count else vectors[0]
+
+
 def call(builder, name, result, *args, flags=()):
     """Call one of LLVM's own functions."""
     function = builder.module.globals.get(name)

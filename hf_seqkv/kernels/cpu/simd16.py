@@ -24,6 +24,7 @@ from .simd import (
     SUMS,
     VECTOR,
     WORDS,
+    added_up,
     cases,
     element,
     load,
@@ -69,29 +70,6 @@ def _in_turn(b, sums, order, v):
     first = v & ~1
     lanes = [order.index(LANES * v + i) - LANES * first for i in range(LANES)]
     return shuffle(b, b.load(sums[first]), b.load(sums[first + 1]), lanes)
-
-
-def _added_up(b, vectors):
-    """Sums of the lanes of vectors of floats, of which there are 4 or 16, as one vector."""
-    count = len(vectors)
-
-    def halved(x):
-        lanes = list(range(x.type.count))
-        return b.fadd(*(shuffle(b, x, None, half) for half in (lanes[: len(lanes) // 2], lanes[len(lanes) // 2 :])))
-
-    while vectors[0].type.count > 2 * count:
-        vectors = [halved(x) for x in vectors]
-    run = 1  # of lanes that are kept together: neighbours first, then whole quarters of a register
-    while len(vectors) > 1:
-        lanes, pairs = range(vectors[0].type.count), zip(vectors[::2], vectors[1::2], strict=True)
-        if run < 4:  # [x0 + x1, x2 + x3, y0 + y1, y2 + y3], each four lanes for themselves
-            even = [first + at for first in lanes[::4] for at in (0, 2, len(lanes), len(lanes) + 2)]
-            odd = [i + 1 for i in even]
-        else:
-            even = [first + at for first in range(0, 2 * len(lanes), 8) for at in range(4)]
-            odd = [i + 4 for i in even]
-        vectors, run = [b.fadd(shuffle(b, x, y, even), shuffle(b, x, y, odd)) for x, y in pairs], 2 * run
-    return halved(vectors[0]) if vectors[0].type.count > count else vectors[0]
 
 
 def _make_scores(widths):
@@ -184,7 +162,7 @@ def _make_mix(widths, block):
                     # As floats: the lanes' sum need not fit 32 bits.
                     none = ir.Constant(VECTOR, [0.0] * LANES)
                     totals = [b.sitofp(b.load(sums[key]), VECTOR) if key in sums else none for key in keys]
-                    total, to = _added_up(b, totals), b.mul(block_loop.index, _I64(block))
+                    total, to = added_up(b, totals), b.mul(block_loop.index, _I64(block))
                     for r in range(n):
                         run = shuffle(b, total, None, [block * r + c for c in range(block)])
                         factor = splat(b, load(b, place(b, factors, _I64(r), _F32)))
