@@ -82,17 +82,19 @@ def _turn(coefficients, start, half, out):
 def _turned_units(coefficients, starts, unit, factors):
     """Units for what `_turn` gives at any of `starts [pages, 2 * half]`, and factors: these times `unit`."""
     half = coefficients.shape[1] // 2
-    size = np.float32(0)
+    # One by one and as vectors: a maximum that a loop keeps in a variable is found by scalar instructions.
+    size, bound = np.zeros((2, padded(half, 32)), np.float32)
     for n in range(starts.shape[0]):
         for i in range(half):
-            size = max(size, abs(starts[n, i]) + abs(starts[n, half + i]))
+            x = abs(starts[n, i]) + abs(starts[n, half + i])
+            size[i] = x if x > size[i] else size[i]
     units = np.empty(len(coefficients), np.float32)
     for r in range(len(coefficients)):
-        top, total = np.float32(0), np.float32(0)
         for i in range(half):
-            bound = size * max(abs(coefficients[r, i]), abs(coefficients[r, half + i]))
-            top, total = max(top, bound), total + 2 * bound
-        units[r] = _unit_for(top, total)
+            x, y = abs(coefficients[r, i]), abs(coefficients[r, half + i])
+            bound[i] = size[i] * (x if x > y else y)
+        top, total = _extents(bound.ctypes.data, bound.shape[0])
+        units[r] = _unit_for(top, 2 * total)
         factors[r] = units[r] * unit
     return units
 
