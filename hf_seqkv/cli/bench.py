@@ -109,7 +109,7 @@ def _run_kernels(args: argparse.Namespace) -> int:
         return _run_cuda_kernels(args)
     if args.batch:
         raise ConfigError("--batch is for a GPU; give --device, or leave it out")
-    print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
+    print("the first time on a machine the kernel is compiled, about 30 s", file=sys.stderr)
     shapes = [bench_shapes.Shape(*shape) for shape in args.shape]
     rates = _kernel_rates(args)
     machine, backend = bench_timing.machine(), bench_kernels.chosen_backend()
@@ -188,7 +188,7 @@ def _run_decode(args: argparse.Namespace) -> int:
 
     from ..eval import bench_cuda, bench_decode, bench_kernels, bench_report, bench_timing
 
-    print("the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
+    print("the first time on a machine the kernel is compiled, about 30 s", file=sys.stderr)
     gpu = None if args.device == "cpu" else bench_cuda.gpu(args.device)
     backend = bench_kernels.chosen_backend(options.get("backend", "auto"), args.device)
     machine = bench_timing.machine()

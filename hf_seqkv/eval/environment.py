@@ -21,7 +21,7 @@ def describe() -> dict:
     """All of it, as JSON types. Imports torch and the compiled kernel, but no model."""
     import torch
 
-    print("the first time on a machine this compiles the kernel, about 40 s", file=sys.stderr)
+    print("the first time on a machine this compiles the kernel, about 30 s", file=sys.stderr)
     kernel = _kernel()
     return {
         "versions": {"python": platform.python_version(), **versions()},

@@ -115,7 +115,7 @@ def measure(run: Run, progress: bool = True) -> dict:
 def _warm_up(model, ids: torch.Tensor, run: Run, progress: bool) -> None:
     """The same path on the first tokens: enough of them for two pages, and steps that read those."""
     if progress and run.cache == "seqkv":
-        print("warming up; the first time on a machine the kernel is compiled, about 40 s", file=sys.stderr)
+        print("warming up; the first time on a machine the kernel is compiled, about 30 s", file=sys.stderr)
     config = SeqKVConfig.from_dict(run.options)
     length = config.n_sink + config.residual_length + 3 * config.page_size
     _generate(model, ids[:, :length], run, 4, Clock(4, f"{run.cache}: warm-up", progress))

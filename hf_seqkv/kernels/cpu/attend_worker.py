@@ -7,13 +7,13 @@ from numba import carray, cfunc, njit, prange
 
 from .call import CALL, SPLIT, padded, read_row
 from .dense import dense_part, merge
-from .jit import OPTIONS, pointer, take_number, wait_for
+from .jit import INSIDE, OPTIONS, pointer, take_number, wait_for
 from .paged import pages_part, prepare, room
 from .simd import ROWS
 from .threads import Entry
 
 # numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernel_builds.py`).
-CALLS = "528ff807c07a984e"
+CALLS = "16ded6af7d9297ba"
 
 
 @njit(**OPTIONS)
@@ -28,7 +28,7 @@ def _query(a, pair, row0, rows):
     return out
 
 
-@njit(**OPTIONS)
+@njit(**INSIDE)
 def _attend(address):
     """Take tasks until none is left.
 
@@ -63,12 +63,12 @@ def _attend(address):
             merge(a, b, h)
 
 
-@cfunc("void(int64)", cache=True)
+@cfunc("void(int64)", cache=True, **OPTIONS)
 def attend_entry(address):
     _attend(address)
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(cache=True, parallel=True, **OPTIONS)
 def _on_numbas_pool(address, threads):
     for _ in prange(threads):
         _attend(address)

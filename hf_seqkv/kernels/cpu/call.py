@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from .jit import OPTIONS, pointer
+from .jit import OPTIONS, copy, pointer
 from .simd import add_product
 
 SPLIT = 16  # pages a part of a call takes: fixed, so that results do not depend on the thread count
@@ -52,7 +52,7 @@ def read_row(address, bf16, count, out):
         for d in range(count):
             bits[d] = np.int32(np.uint32(raw[d]) << np.uint32(16))
     else:
-        carray(pointer(out), count, np.float32)[:] = carray(pointer(address), count, np.float32)
+        copy(carray(pointer(address), count, np.float32), carray(pointer(out), count, np.float32))
 
 
 @njit(**OPTIONS)
@@ -64,7 +64,7 @@ def write_row(row, address, bf16):
             rounded = (bits[d] + np.int32(0x7FFF) + (bits[d] >> np.int32(16) & np.int32(1))) >> np.int32(16)
             raw[d] = np.uint16(rounded if row[d] == row[d] else np.int32(0x7FC0))
     else:
-        carray(pointer(address), row.shape[0], np.float32)[:] = row
+        copy(row, carray(pointer(address), row.shape[0], np.float32))
 
 
 @njit(**OPTIONS)

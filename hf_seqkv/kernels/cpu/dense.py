@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray, njit
 
 from .call import DENSE, SPLIT, limit, padded, read_row, rotated_rows, unlimited, write_row
-from .jit import OPTIONS, pointer
+from .jit import INSIDE, OPTIONS, copy, pointer
 from .rows import dots, exponentials, maximum
 from .simd import add_product
 
@@ -66,7 +66,7 @@ def _score_run(a, run, query, b, h, row0, first, count, scores):
             limit(a, scores[r, :count], b, head, step, slots[0] + first)
 
 
-@njit(**OPTIONS)
+@njit(**INSIDE)
 def dense_part(a, query, b, h, row0):
     """Unnormalised output, maximum and sum over the dense tokens; the output is not rotated here."""
     rows, dim = query.shape[0], a.value_dim
@@ -95,9 +95,12 @@ def dense_part(a, query, b, h, row0):
             shrink = np.exp(tops[r] - top)
             totals[r] = totals[r] * shrink + exponentials(row, scores.shape[1], top)
             tops[r] = top
-            mixed[r] *= shrink
+            for at in range(mixed.shape[1]):
+                mixed[r, at] *= shrink
         _add_values(scores, values, stride, mixed, count, held)
-    carray(pointer(a.mixed + 4 * index * dim), (rows, dim), np.float32)[:] = mixed[:, :dim]
+    out = carray(pointer(a.mixed + 4 * index * dim), (rows, dim), np.float32)
+    for r in range(rows):
+        copy(mixed[r], out[r])
 
 
 @njit(**OPTIONS)
@@ -107,7 +110,7 @@ def _add(row, weight, to):
         to[d] += weight * row[d]
 
 
-@njit(**OPTIONS)
+@njit(**INSIDE)
 def merge(a, b, h):
     """Join the parts of a head in order, rotate the pages' back, normalise, store `out [B, Tq, Hq, Dv]`."""
     dim, rows, parts = a.value_dim, a.rows, a.splits + 1

@@ -8,12 +8,12 @@ from numba import carray, cfunc, njit, prange
 from ...codec.scales import BIAS
 from .call import padded
 from .encode_simd import TABLE, find_codes, fit_gains
-from .jit import OPTIONS, pointer, take_number
+from .jit import OPTIONS, copy, pointer, take_number
 from .simd import LANES, add_product
 from .threads import Entry
 
 # numba's disk cache looks at this file alone: with what it calls, this line changes (`tests/test_kernel_builds.py`).
-CALLS = "49a6ef69cafa0a44"
+CALLS = "0dfe67b8239977a7"
 
 FP32, BF16, FP16 = range(3)
 # numba gives its fastmath flags to intrinsics too; without them quotients and errors round as the codec's own do.
@@ -80,7 +80,8 @@ def _subtract_constant(a, b, page, h, x):
             first[t] -= x_mean * cos - y_mean * sin
             second[t] -= y_mean * cos + x_mean * sin
     for d in range(2 * half, dim):
-        x[d, : a.size] -= mean[d]
+        for t in range(a.size):
+            x[d, t] -= mean[d]
 
 
 @njit(**OPTIONS)
@@ -101,7 +102,7 @@ def _pack(codes, width, out):
         field //= 2
 
 
-@njit(inline="always", **EXACT)  # or LLVM would compile it twice, alone and in its caller
+@njit(inline="always", **EXACT)
 def _encode_head(a, side, is_key, b, page, h, x, y, gains, scales, codes):
     """Codes and scales of one head of a page; the last five are room: `[dim, wide]` twice, `[wide]` thrice."""
     dim, wide = x.shape
@@ -111,7 +112,8 @@ def _encode_head(a, side, is_key, b, page, h, x, y, gains, scales, codes):
         _subtract_constant(a, b, page, h, x)
     mean = carray(pointer(side.mean + 4 * h * dim), dim, np.float32)
     for d in range(dim):
-        x[d] -= mean[d]
+        for t in range(wide):
+            x[d, t] -= mean[d]
     y[:] = 0
     matrix = carray(pointer(side.matrix + 4 * h * dim * dim), (dim, dim), np.float32)
     add_product(matrix, x.ctypes.data, wide, y, dim, dim, wide)
@@ -130,7 +132,7 @@ def _encode_head(a, side, is_key, b, page, h, x, y, gains, scales, codes):
         for t in range(a.size):
             narrow[t] = max(np.int64(scales[t] >> np.uint16(4)) - BIAS, 0)
     else:
-        carray(pointer(stored), a.size, np.uint16)[:] = scales[: a.size]
+        copy(scales, carray(pointer(stored), a.size, np.uint16))
     widths = carray(pointer(side.widths + h * dim), dim, np.uint8)
     offsets = carray(pointer(side.offsets + 8 * h * dim), dim, np.int64)
     for d in range(dim):
@@ -141,7 +143,7 @@ def _encode_head(a, side, is_key, b, page, h, x, y, gains, scales, codes):
             _pack(codes[: a.size], width, packed)
 
 
-@njit(**EXACT)
+@njit(inline="always", **EXACT)
 def _encode(address):
     """Take tasks until none is left."""
     a = carray(pointer(address), 1, ENCODE)[0]
@@ -163,12 +165,12 @@ def _encode(address):
         _encode_head(a, sides[which], which == 0, rest // a.pages, rest % a.pages, h, x, y, gains, scales, codes)
 
 
-@cfunc("void(int64)", cache=True)
+@cfunc("void(int64)", cache=True, **EXACT)
 def encode_entry(address):
     _encode(address)
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(cache=True, parallel=True, **EXACT)
 def _encode_on_numbas_pool(address, threads):
     for _ in prange(threads):
         _encode(address)

@@ -10,7 +10,7 @@ import numpy as np
 from numba import carray, njit
 
 from . import simd
-from .jit import OPTIONS, pointer
+from .jit import OPTIONS, copy, pointer
 
 NAME = "fp32 vectors"
 OPERAND = np.float32
@@ -37,7 +37,7 @@ def unit_for(top, total):
 @njit(**OPTIONS)
 def to_operand(row, count, unit, out):
     """`count` numbers as operands (addresses)."""
-    carray(pointer(out), count, np.float32)[:] = carray(pointer(row), count, np.float32)
+    copy(carray(pointer(row), count, np.float32), carray(pointer(out), count, np.float32))
 
 
 @njit(**OPTIONS)

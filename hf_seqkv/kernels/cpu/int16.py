@@ -12,7 +12,7 @@ from numba import carray, njit
 
 from . import rows as row_work
 from . import simd16
-from .jit import OPTIONS, features, planar_code, pointer
+from .jit import INSIDE, OPTIONS, features, planar_code, pointer
 
 NAME = f"int16 dot products ({simd16.isa.NAME}{', VNNI' if simd16.isa.VNNI in features() else ''})"
 OPERAND = np.int16
@@ -93,7 +93,7 @@ def _mix_tile(tile, weights, rows, factors, out, out_stride):
     _mix_levels(0, tile.ctypes.data, 128, tile.size // 64, 0, weights, rows, factors, out, out_stride, 1)
 
 
-@njit(**OPTIONS)
+@njit(**INSIDE)
 def score(operand, factors, scale, tile, dim, out, out_stride):
     """`out[r, :64] += factors[r] * scale[:64] * (operand[r] . tile)`; `tile` is the address of one of `make_tile`."""
     rows, stride = operand.shape
@@ -117,7 +117,7 @@ def runs_of(widths, size):
     return found[:n]
 
 
-@njit(**OPTIONS)
+@njit(**INSIDE)
 def score_codes(operand, factors, scale, page, offsets, widths, runs, levels, size, first, out, out_stride, ahead):
     """As `score` for keys in codes at address `page`: 64 tokens from `first` on; `ahead` bytes on is the next page.
 
@@ -138,7 +138,7 @@ def score_codes(operand, factors, scale, page, offsets, widths, runs, levels, si
             _score_pair(tile, query, f, scale, out, rows, stride, out_stride)
 
 
-@njit(**OPTIONS)
+@njit(**INSIDE)
 def mix_codes(weights, factors, first, page_bytes, pages, offsets, widths, levels, size, out, out_stride):
     """`out[r, :D] = factors[r] * (weights[r] . values)` over `pages` pages of codes from address `first` on.
 

@@ -10,6 +10,8 @@ from numba.extending import intrinsic
 
 # No "nnan" or "ninf": masked scores are minus infinity.
 OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", "nogil": True}
+# Of a large function with one caller: else LLVM compiles it, and all it calls, again in each function above.
+INSIDE = {**OPTIONS, "inline": "always"}
 
 
 def features() -> set[str]:
@@ -55,6 +57,13 @@ def wait_for(typingctx, address):
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@njit(**OPTIONS)
+def copy(row, to):
+    """`to[:] = row`; where an array is assigned to a slice, numba compiles an error's text, too, for seconds."""
+    for d in range(to.shape[0]):
+        to[d] = row[d]
 
 
 @njit(**OPTIONS)

@@ -11,7 +11,7 @@ from numba import carray, njit
 from ...codec.scales import BIAS, HELD
 from . import simd16
 from .call import SPLIT, limit, padded, rotated_rows, unlimited
-from .jit import OPTIONS, pointer
+from .jit import INSIDE, OPTIONS, pointer
 from .rows import maximum, weigh, widen, widen_narrow
 from .simd import ROWS, prefetch_bytes
 
@@ -109,13 +109,12 @@ def _dot(x, y):
 
 
 @njit(**OPTIONS)
-def _coefficients(a, query, b, h):
+def _coefficients(a, query, b, h, rest, turned):
     """`c [rows]` and `[A | B] [rows, 2 * half]` of `codec.center.Center.coefficients`."""
-    rows, dim = query.shape[0], a.key_dim
-    half = a.half
-    rest, turned = np.zeros(rows, np.float32), np.zeros((rows, 2 * half), np.float32)
+    rows, dim, half = query.shape[0], a.key_dim, a.half
     if a.constant == 0:
-        return rest, turned
+        rest[:] = 0
+        return
     mean = carray(pointer(a.constant + 4 * (b * a.heads + h) * dim), dim, np.float32)
     step, other = (2, 1) if a.interleaved else (1, half)
     for r in range(rows):
@@ -124,7 +123,6 @@ def _coefficients(a, query, b, h):
             turned[r, i] = query[r, x] * mean[x] + query[r, y] * mean[y]
             turned[r, half + i] = query[r, y] * mean[x] - query[r, x] * mean[y]
         rest[r] = _dot(query[r, 2 * half :], mean[2 * half :])
-    return rest, turned
 
 
 @njit(**OPTIONS)
@@ -146,7 +144,7 @@ def prepare(a, query, b, h, row0):
     """What all parts need of scaled query rows `[rows, Dk]`: rotated operands, and what the keys' constant gives."""
     rows, dim = query.shape[0], a.key_dim
     operand, factors, constant, coefficients = _prepared(a, b * a.heads + h, row0, rows)
-    constant[:], coefficients[:] = _coefficients(a, query, b, h)
+    _coefficients(a, query, b, h, constant, coefficients)
     mean = carray(pointer(a.key_mean + 4 * h * dim), dim, np.float32)
     for r in range(rows):
         constant[r] += _dot(query[r, :dim], mean)
@@ -166,7 +164,7 @@ def room(a):
     return _aligned(tokens * ((4 + _ITEM) * ROWS + 4))
 
 
-@njit(**OPTIONS)
+@njit(**INSIDE)
 def pages_part(a, memory, b, h, part, row0, rows):
     """Unnormalised output, maximum and sum over a part's pages, for `rows <= ROWS` query rows from `row0` on."""
     size, wide = a.size, padded(a.size, 64)
@@ -216,7 +214,7 @@ def _weigh(a, h, index, scores, scales, weights, factors):
         row, to = row + 4 * count, to + _ITEM * 64
 
 
-@njit(**OPTIONS)
+@njit(**INSIDE)
 def _score_pages(a, b, h, part, row0, first, count, scores, scale):
     """Scores of `count` pages from the one at address `first`; what counts for nothing gets minus infinity."""
     rows, dim, pair = len(scores), a.key_dim, b * a.heads + h
