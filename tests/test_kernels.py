@@ -153,8 +153,11 @@ def test_query_that_sees_nothing_gets_zeros(backend, sink_logits):
 
 
 @both
-def test_batch_that_sees_nothing_gets_zeros(backend):
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sink logits", "sink logits of minus infinity"])
+def test_batch_that_sees_nothing_gets_zeros(backend, sinks):
     query, view, _, scoring = build(Case(steps=2))
+    if sinks:
+        scoring = dataclasses.replace(scoring, sink_logits=torch.full((query.shape[1],), -torch.inf))
     out = backend.attend_codes(query, view, torch.zeros(1, 1, 2, view.length, dtype=torch.bool), scoring)
     assert torch.equal(out, torch.zeros_like(out))
 

@@ -54,7 +54,7 @@ def _obstacle(module, function, query, key, value, mask, args, kwargs) -> str | 
         return "attention dropout is on"
     if kwargs.get("output_attentions") or (function is _eager_or_none(module) and _wants_weights(module)):
         return "attention weights were asked for (output_attentions)"
-    with torch._C.DisableTorchFunctionSubclass():  # which costs more than the rest of this function
+    with torch._C.DisableTorchFunctionSubclass():  # a handle's shape by torch's function protocol is slow
         shape = key.shape
     if query.shape[1] % shape[1] or query.shape[-1] != shape[-1]:
         return f"query {tuple(query.shape)} does not fit keys {tuple(shape)}"

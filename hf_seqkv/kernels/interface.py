@@ -26,6 +26,7 @@ from ..config import BACKENDS
 from ..errors import BackendError, SeqKVWarning
 
 
+# What is made in every layer of every step is not frozen, here and below: to make it would take three times as long.
 @dataclass(eq=False)
 class DenseRun:
     """Dense tokens of each row: token `j` of row `b` has slot `slots[b] + j` and counts if `begin[b] <= j`.

@@ -120,6 +120,7 @@ def merge(a, b, h):
     mixed = carray(pointer(a.mixed + 4 * index * rows * dim), (parts, rows, dim), np.float32)
     mean = carray(pointer(a.value_mean + 4 * h * dim), dim, np.float32)
     groups = rows // a.steps
+    logits = carray(pointer(a.sink_logits), a.heads * groups, np.float32)
     held = -(-carray(pointer(a.counts), a.batch, np.int64)[b] // SPLIT)
     coded, coded_total = np.zeros((rows, dim), np.float32), np.zeros(rows, np.float32)
     dense, total = np.zeros(rows, np.float32), np.zeros(rows, np.float32)  # weights of the dense part, and of all
@@ -127,12 +128,11 @@ def merge(a, b, h):
         top = tops[parts - 1, r]
         for part in range(held):
             top = _larger(top, tops[part, r])
-        if a.sink_logits:
-            logit = carray(pointer(a.sink_logits), a.heads * groups, np.float32)[h * groups + r // a.steps]
-            top = _larger(top, logit)
-            total[r] = np.exp(logit - top)
+        logit = logits[h * groups + r // a.steps] if a.sink_logits else np.float32(-np.inf)
+        top = _larger(top, logit)
         if top == -np.inf:
             continue
+        total[r] = np.exp(logit - top)
         for part in range(held):
             weight = np.exp(tops[part, r] - top)
             coded_total[r] += weight * totals[part, r]
